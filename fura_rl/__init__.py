@@ -1,0 +1,6 @@
+"""fura-rl: FuRA (full-rank adaptation) for reinforcement learning on math with TRL and vLLM.
+
+Importing this package registers `FuraConfig` with PEFT.
+"""
+
+__version__ = "0.1.0"
