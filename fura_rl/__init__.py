@@ -3,4 +3,8 @@
 Importing this package registers `FuraConfig` with PEFT.
 """
 
+from .adapter import FuraConfig
+
 __version__ = "0.1.0"
+
+__all__ = ["FuraConfig", "__version__"]

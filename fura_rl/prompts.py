@@ -46,7 +46,9 @@ class Prompt:
         """Token ids of the prompt, ready to generate from; the chat template is applied when there is one."""
         messages = self.messages(problem)
         if getattr(tokenizer, "chat_template", None):
-            encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+            encoded = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=True
+            )
             return list(encoded["input_ids"])
         return list(tokenizer(messages[0]["content"])["input_ids"])
 

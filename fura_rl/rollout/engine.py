@@ -1,0 +1,122 @@
+"""TRL's vLLM generation with FuRA's sync: the merged policy is streamed into the engine, the trainer is never touched.
+
+How it departs from TRL 1.16's `VLLMGeneration`:
+- weights come from `merged_weights` (no `merge_adapter` in place, nothing to undo after an error);
+- after the first push, tensors that no adapter touches stay in the engine, unless sleeping made it lose them;
+- vLLM's CPU build packs its linear weights, so there the stream goes through `reload_weights`;
+- every engine argument can be set (`vllm_engine_kwargs`), and the engine computes in the trainer's dtype by default.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from trl.generation import vllm_generation
+from trl.generation.vllm_generation import VLLMGeneration
+
+from fura_rl.errors import FuraError
+from fura_rl.rollout.merged import merged_weights
+
+# What a CPU engine needs to run inside the trainer's process. Values that the user has set win.
+CPU_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+
+
+def vllm_problem() -> str | None:
+    """Why vLLM cannot be used on this machine, in words, or None if it can be imported."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if not torch.cuda.is_available():
+        for key, value in CPU_ENVIRONMENT.items():
+            os.environ.setdefault(key, value)
+    try:
+        importlib.import_module("vllm")
+    except (ImportError, OSError, RuntimeError) as error:  # a missing package, a missing .so, a platform mismatch
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def trainer_dtype(model: torch.nn.Module) -> torch.dtype:
+    """The floating dtype of the base weights: what the trainer's forward pass reads."""
+    return next(p.dtype for p in model.parameters() if p.dtype.is_floating_point and not p.requires_grad)
+
+
+class FuraVLLMGeneration(VLLMGeneration):
+    """A vLLM engine that samples from the merged policy.
+
+    Args:
+        engine_kwargs: Arguments of `vllm.LLM` that override TRL's (colocate mode).
+        *args, **kwargs: As for `trl.generation.vllm_generation.VLLMGeneration`.
+
+    Attributes:
+        version: How many times weights were pushed.
+    """
+
+    def __init__(self, *args: Any, engine_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        self.engine_kwargs = engine_kwargs or {}
+        self.version = 0
+        super().__init__(*args, **kwargs)
+
+    def _init_vllm(self) -> None:
+        if self.mode != "colocate":
+            return super()._init_vllm()
+        on_cpu = self.accelerator.device.type == "cpu"
+        defaults: dict[str, Any] = {"dtype": str(trainer_dtype(self.model)).removeprefix("torch.")}
+        if on_cpu:
+            defaults["enforce_eager"] = True  # compiling for a CPU takes longer than it saves
+        make_llm = vllm_generation.LLM
+
+        def llm(**trl_kwargs: Any) -> Any:
+            return make_llm(**{**trl_kwargs, **defaults, **self.engine_kwargs})
+
+        with patch.object(vllm_generation, "LLM", llm):  # TRL fixes its arguments in the middle of this method
+            super()._init_vllm()
+        self._packed = on_cpu
+
+    def _iter_named_params(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What TRL streams to a server, and what `sync_weights` loads: the merged policy."""
+        if self._dist.is_fsdp:
+            raise FuraError("FuRA cannot sync from FSDP shards yet: train with DDP or DeepSpeed ZeRO.")
+        yield from merged_weights(self.model, only_adapted=self._engine_has_base, gather=self._dist.gather_params)
+
+    @property
+    def _engine_has_base(self) -> bool:
+        """Whether the engine still holds the frozen tensors of an earlier push.
+
+        A server is told the list of tensors once, a packed layer must be reloaded whole, and sleep level 2 drops
+        everything: in these cases every tensor is sent each time.
+        """
+        return self.mode == "colocate" and self.version > 0 and not self._packed and not self.enable_sleep_mode
+
+    def sync_weights(self) -> None:
+        """Push the merged policy into the engine and drop its prefix cache."""
+        if self.mode == "colocate" and self._packed:
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._iter_named_params()})
+            self.llm.apply_model(_repack_tied_head)
+            self.llm.reset_prefix_cache()
+        else:
+            super().sync_weights()
+        self.version += 1
+
+    @contextmanager
+    def awake(self) -> Iterator[Any]:
+        """The colocated `vllm.LLM`, with its weights and KV cache in memory for the length of the block."""
+        if self.enable_sleep_mode:
+            if self._llm_weights_sleeping:
+                self.sync_weights()
+            self.llm.wake_up(tags=["kv_cache"])
+        yield self.llm
+        if self.enable_sleep_mode:
+            self.llm.sleep(level=2)
+            self._llm_weights_sleeping = True
+
+
+def _repack_tied_head(model: torch.nn.Module) -> None:
+    """`reload_weights` skips a head that is tied to the embedding and would leave its packed copy stale."""
+    head = getattr(model, "lm_head", None)
+    if head is not None and getattr(model.config, "tie_word_embeddings", False):
+        head.quant_method.process_weights_after_loading(head)

@@ -1,0 +1,98 @@
+"""`FuraGRPOConfig`: TRL's `GRPOConfig` plus what fura-rl adds, with defaults for verifiable rewards on math."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from trl import GRPOConfig
+
+
+@dataclass
+class FuraGRPOConfig(GRPOConfig):
+    """Configuration of `FuraGRPOTrainer`.
+
+    Every option of TRL's `GRPOConfig` exists here too. Changed defaults: `use_vllm=True` with a colocated engine,
+    `vllm_importance_sampling_mode="token_truncate"` (a sequence-level mask drops long completions), `logging_steps=1`,
+    `report_to="none"`, `gradient_checkpointing=False` (an adapter this small rarely needs it), and `bf16` autocast only
+    where CUDA is available.
+    """
+
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "vllm_engine_kwargs"]  # noqa: RUF012 (TRL's name)
+
+    # Changed defaults of TRL and transformers.
+    use_vllm: bool = field(
+        default=True,
+        metadata={"help": "Generate with vLLM. If it cannot be imported, transformers generates, with a warning."},
+    )
+    vllm_importance_sampling_mode: str = field(
+        default="token_truncate",
+        metadata={
+            "help": "How engine/trainer mismatch is corrected: token_truncate, token_mask, sequence_truncate, "
+            "sequence_mask."
+        },
+    )
+    logging_steps: float = field(default=1, metadata={"help": "Log every this many steps."})
+    report_to: str | list[str] | None = field(
+        default="none", metadata={"help": "Trackers to report to, such as trackio, wandb or tensorboard."}
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Recompute activations in the backward pass: less memory, more time."}
+    )
+
+    # Rollouts.
+    vllm_engine_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Further arguments of vllm.LLM as a dict or JSON, such as {enforce_eager: true}."},
+    )
+    max_logp_gap: float | None = field(
+        default=0.5,
+        metadata={
+            "help": "Stop when the mean |log-prob difference| between engine and trainer on fresh rollouts "
+            "exceeds this; None never stops."
+        },
+    )
+
+    # Prompts and rewards.
+    prompt: str = field(
+        default="qwen-boxed", metadata={"help": "Prompt template: boxed, qwen-boxed, plain, or a text file."}
+    )
+    rewards: list[str] = field(
+        default_factory=lambda: ["accuracy"],
+        metadata={"help": "Reward functions by name, or by import path my_pkg.my_module:my_reward."},
+    )
+    verifier_workers: int = field(default=2, metadata={"help": "Processes that compare answers."})
+    verifier_timeout: float = field(default=5.0, metadata={"help": "Seconds that one comparison may take."})
+
+    # Benchmarks, evaluated on the live engine before, during and after training.
+    benchmarks: list[str] = field(
+        default_factory=list, metadata={"help": "Benchmarks by name (math500, aime25, ...) or JSONL path."}
+    )
+    benchmark_data_dir: str | None = field(
+        default=None, metadata={"help": "Directory of local benchmark files (math500.jsonl, ...) instead of the hub."}
+    )
+    benchmark_preset: str = field(default="greedy", metadata={"help": "Sampling preset: greedy, paper, avg32, long."})
+    benchmark_steps: int | None = field(
+        default=None, metadata={"help": "Evaluate the benchmarks every this many steps as well."}
+    )
+    benchmark_limit: int | None = field(default=None, metadata={"help": "Use only the first problems of each."})
+    benchmark_max_tokens: int | None = field(
+        default=None, metadata={"help": "Completion tokens in benchmarks; the preset's number if None."}
+    )
+    benchmark_temperature: float | None = field(
+        default=None, metadata={"help": "Temperature in benchmarks; the preset's if None."}
+    )
+    benchmark_samples: int | None = field(
+        default=None, metadata={"help": "Samples a problem in benchmarks; the preset's number if None."}
+    )
+
+    # Files.
+    saved_completions: int = field(
+        default=8, metadata={"help": "Rollouts of each step that are written to output_dir/completions."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = torch.cuda.is_available() and not self.fp16
+        super().__post_init__()

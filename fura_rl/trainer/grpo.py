@@ -1,0 +1,226 @@
+"""`FuraGRPOTrainer`: TRL's GRPO with a FuRA policy, a trusted rollout engine, a bounded verifier and benchmarks.
+
+How it departs from `trl.GRPOTrainer` (1.16):
+- the policy is wrapped with FuRA adapters unless another `peft_config` is given;
+- merged weights are streamed into vLLM, and the trainer's weights never change (`fura_rl.rollout`);
+- after each generation the engine's log-probs are compared with the trainer's, and a gap stops the run;
+- rewards are `fura_rl.rewards` by name, and the verifier that grades rollouts also grades the benchmarks;
+- `evaluate()` samples benchmarks once on the live engine instead of averaging losses of batches.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel
+from trl import GRPOTrainer
+from trl.trainer import grpo_trainer
+
+from fura_rl.adapter import FuraConfig
+from fura_rl.errors import FuraError
+from fura_rl.eval import evaluate, load_benchmark
+from fura_rl.prompts import load_prompt
+from fura_rl.rewards import MathVerifier, extract_answer, load_rewards
+from fura_rl.rollout.engine import FuraVLLMGeneration, vllm_problem
+from fura_rl.trainer.benchmarks import benchmark_sampling, make_sampler
+from fura_rl.trainer.callbacks import BenchmarkCallback
+from fura_rl.trainer.clock import PhaseClock
+from fura_rl.trainer.config import FuraGRPOConfig
+
+logger = logging.getLogger(__name__)
+
+
+class FuraGRPOTrainer(GRPOTrainer):
+    """GRPO of a FuRA-adapted causal language model with verifiable rewards.
+
+    Args:
+        model: A model, or the name or path of one.
+        reward_funcs: TRL reward functions; `args.rewards` by name if None.
+        args: The configuration.
+        train_dataset: Rows with `prompt` (as TRL wants it) and `answer`, see `fura_rl.data`.
+        peft_config: The adapter; FuRA on all linear layers if None. Not used if `model` is a `PeftModel`.
+        verifier: The judge of answers; one is made (and closed with `close()`) if None.
+        **kwargs: Further arguments of `trl.GRPOTrainer`.
+
+    Raises:
+        FuraError: The engine and the trainer disagree on log-probs by more than `args.max_logp_gap`.
+    """
+
+    _tag_names = ["trl", "grpo", "fura"]  # noqa: RUF012 (TRL's own class attribute)
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        reward_funcs: Any = None,
+        args: FuraGRPOConfig | None = None,
+        train_dataset: Dataset | None = None,
+        *,
+        peft_config: PeftConfig | None = None,
+        verifier: MathVerifier | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = args or FuraGRPOConfig(output_dir="runs/grpo")
+        if args.use_vllm and (problem := vllm_problem()):
+            logger.warning("vLLM cannot be imported (%s): transformers generates the rollouts, slowly.", problem)
+            args.use_vllm = False
+        if peft_config is None and not isinstance(model, PeftModel):
+            peft_config = FuraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+        self.clock = PhaseClock()
+        self.generated_tokens = 0
+        self.evaluations: list[dict[str, Any]] = []
+        self.verifier = verifier or MathVerifier(workers=args.verifier_workers, timeout=args.verifier_timeout)
+        if reward_funcs is None:
+            reward_funcs = load_rewards(
+                args.rewards, verifier=self.verifier, max_completion_length=args.max_completion_length
+            )
+        engine = partial(FuraVLLMGeneration, engine_kwargs=args.vllm_engine_kwargs)
+        with patch.object(grpo_trainer, "VLLMGeneration", engine):  # TRL names the class inside its constructor
+            super().__init__(
+                model, reward_funcs, args=args, train_dataset=train_dataset, peft_config=peft_config, **kwargs
+            )
+        self.benchmarks = [
+            load_benchmark(name, data_dir=args.benchmark_data_dir, limit=args.benchmark_limit)
+            for name in args.benchmarks
+        ]
+        if self.benchmarks and args.benchmark_steps:
+            self.add_callback(BenchmarkCallback(self, args.benchmark_steps))
+
+    # --- rollouts -------------------------------------------------------------------------------------------------
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        self.sync_engine()
+        with self.clock.phase("generate"):
+            completion_ids, logprobs = super()._generate_single_turn(*args, **kwargs)
+        self.generated_tokens += sum(len(ids) for ids in completion_ids)
+        return completion_ids, logprobs
+
+    def sync_engine(self) -> None:
+        """Push the merged policy to the engine, if a step was made since the last push."""
+        if self.use_vllm and self.state.global_step != self._last_loaded_step:
+            with self.clock.phase("sync"):
+                self.vllm_generation.sync_weights()
+            self._last_loaded_step = self.state.global_step
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        with self.clock.phase("logprobs"):  # what is neither generation nor reward: the trainer's own log-probs
+            output = super()._generate_and_score_completions(inputs)
+        if "sampling_per_token_logps" in output and "old_per_token_logps" in output:
+            self._check_logp_gap(output)
+        self._save_completions(inputs)
+        return output
+
+    def _check_logp_gap(self, output: dict[str, Any]) -> None:
+        """Log engine minus trainer on the fresh rollouts, before any clipping, and stop on a mismatch."""
+        gap = output["old_per_token_logps"] - output["sampling_per_token_logps"]  # (B, T)
+        mask = output["completion_mask"].bool() & ~torch.isnan(gap)
+        gap = gap[mask]
+        if not len(gap):
+            return
+        ratio = gap.exp()
+        high = self.args.vllm_importance_sampling_clip_max or float("inf")
+        metrics = {
+            "sync/logp_gap_mean": gap.abs().mean(),
+            "sync/logp_gap_max": gap.abs().max(),
+            "sync/raw_ratio_mean": ratio.mean(),
+            "sync/clipped_share": (ratio > high).float().mean(),
+        }
+        mode = "train" if self.model.training else "eval"
+        for name, value in metrics.items():
+            self._metrics[mode][name].append(self.accelerator.gather(value).mean().item())
+        worst = self.accelerator.gather(metrics["sync/logp_gap_mean"]).max().item()
+        limit = self.args.max_logp_gap
+        if limit is not None and worst > limit:
+            raise FuraError(
+                f"Engine and trainer disagree: mean |log-prob difference| {worst:.3f} is above max_logp_gap={limit} at "
+                f"step {self.state.global_step}. Likely causes: a different dtype in the engine (vllm_engine_kwargs), "
+                "a sync that did not reach it, or dropout in the trainer."
+            )
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with self.clock.phase("reward"):
+            return super()._calculate_rewards(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with self.clock.phase("train"):
+            return super().training_step(*args, **kwargs)
+
+    # --- files ----------------------------------------------------------------------------------------------------
+
+    def _save_completions(self, inputs: list[dict[str, Any]]) -> None:
+        """Write a sample of this generation's rollouts to `completions/step_NNNNNN.jsonl`, one a line."""
+        keep = self.args.saved_completions
+        if not keep or not self.accelerator.is_main_process or not self.model.training:
+            return
+        rows = []
+        newest = len(inputs)  # the logs hold every rank's rollouts; the first ones are this rank's
+        offset = max(len(self._logs["prompt"]) - newest * self.accelerator.num_processes, 0)
+        for i in range(min(keep, newest)):
+            completion = self._logs["completion"][offset + i]
+            text = completion if isinstance(completion, str) else completion[-1]["content"]
+            rows.append(
+                {
+                    "step": self.state.global_step + 1,
+                    "prompt": self._logs["prompt"][offset + i],
+                    "completion": text,
+                    "answer": inputs[i].get("answer"),
+                    "extracted": extract_answer(text),
+                    "rewards": {name: values[offset + i] for name, values in self._logs["rewards"].items()},
+                    "advantage": self._logs["advantages"][offset + i],
+                }
+            )
+        folder = Path(self.args.output_dir) / "completions"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"step_{self.state.global_step + 1:06d}.jsonl"
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+    # --- benchmarks -----------------------------------------------------------------------------------------------
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Score the benchmarks on the live engine; without benchmarks, TRL's own evaluation runs.
+
+        Returns:
+            `eval_<benchmark>_accuracy`, `_low`, `_high` (95% interval), `_truncated`, `_no_answer` (shares) and
+            `_mean_tokens` of each benchmark.
+        """
+        if not self.benchmarks:
+            return super().evaluate(*args, **kwargs)
+        self.sync_engine()
+        metrics: dict[str, float] = {}
+        with self.clock.phase("evaluate"):
+            if self.accelerator.is_main_process:
+                metrics = self._run_benchmarks()
+            self.accelerator.wait_for_everyone()
+        self.log(metrics)
+        return metrics
+
+    def _run_benchmarks(self) -> dict[str, float]:
+        was_training = self.model.training
+        self.model.eval()
+        sampling = {b.name: benchmark_sampling(self.args, b.name) for b in self.benchmarks}
+        with make_sampler(self) as sampler:
+            result = evaluate(
+                sampler,
+                self.processing_class,
+                self.benchmarks,
+                prompt=load_prompt(self.args.prompt),
+                sampling=sampling,
+                verifier=self.verifier,
+                progress=False,
+            )
+        self.model.train(was_training)
+        scores = {name: score.to_dict() for name, score in result.scores.items()}
+        self.evaluations.append({"step": self.state.global_step, "scores": scores})
+        keys = ("accuracy", "low", "high", "truncated", "no_answer", "mean_tokens")
+        return {f"eval_{name}_{key}": score[key] for name, score in scores.items() for key in keys}
+
+    def close(self) -> None:
+        """End the verifier's processes."""
+        self.verifier.close()

@@ -1,0 +1,62 @@
+"""The merged stream against PEFT's own merge, and against the base checkpoint's names and shapes."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+
+from fura_rl import FuraConfig
+from fura_rl.rollout import merged_weights
+
+SHAPE = dict(
+    vocab_size=64, hidden_size=48, intermediate_size=76, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=12, max_position_embeddings=64,
+)  # fmt: skip
+
+
+def policy(config_class, tied: bool, seed: int = 0):
+    """A random model with a FuRA adapter that has moved away from the base."""
+    torch.manual_seed(seed)
+    base = AutoModelForCausalLM.from_config(config_class(**SHAPE, tie_word_embeddings=tied))
+    model = get_peft_model(base, FuraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("config_class", [LlamaConfig, Qwen2Config, Qwen3Config])
+def test_stream_equals_peft_merge_and_leaves_the_trainer_alone(config_class, tied):
+    model = policy(config_class, tied)
+    base_names = set(AutoModelForCausalLM.from_config(config_class(**SHAPE, tie_word_embeddings=tied)).state_dict())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    stream = [(name, tensor.clone()) for name, tensor in merged_weights(model)]
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), f"{name} changed"
+
+    names = [name for name, _ in stream]
+    assert len(names) == len(set(names))
+    assert set(names) == (base_names - {"lm_head.weight"} if tied else base_names)
+    reference = model.merge_and_unload().state_dict()
+    for name, tensor in stream:
+        assert tensor.dtype == reference[name].dtype
+        torch.testing.assert_close(tensor, reference[name], rtol=1e-6, atol=1e-6)
+
+
+def test_only_adapted_leaves_out_frozen_tensors():
+    model = policy(Qwen2Config, tied=True)
+    everything = dict(merged_weights(model))
+    adapted = dict(merged_weights(model, only_adapted=True))
+    assert set(adapted) < set(everything)
+    assert "model.embed_tokens.weight" not in adapted
+    assert sum("_proj.weight" in name for name in adapted) == 7 * SHAPE["num_hidden_layers"]
+
+
+def test_order_is_constant_and_dtype_is_cast_once():
+    model = policy(Qwen3Config, tied=False)
+    first = [name for name, _ in merged_weights(model)]
+    exact = dict(merged_weights(model))
+    again = list(merged_weights(model, dtype=torch.bfloat16))
+    assert [name for name, _ in again] == first
+    assert all(torch.equal(tensor, exact[name].to(torch.bfloat16)) for name, tensor in again)
