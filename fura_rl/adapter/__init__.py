@@ -1,0 +1,10 @@
+"""FuRA as a method of PEFT: configuration, layers, model. Importing this package registers it."""
+
+from .config import AdapterError, FuraConfig
+from .layer import FuraLayer
+from .model import FuraModel
+from .registration import register_fura
+
+register_fura(FuraConfig, FuraModel)
+
+__all__ = ["AdapterError", "FuraConfig", "FuraLayer", "FuraModel"]

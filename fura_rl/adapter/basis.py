@@ -1,0 +1,112 @@
+"""Block sizes and block bases: the frozen part of a FuRA adapter, read from the base weight once.
+
+A weight `W` (out, in) splits into `n` column blocks `W_j` (out, b). FuRA needs the right singular vectors `V_j` (b, b) and
+the singular values `sigma_j` (b) of each block, never its left ones. Both come from the eigendecomposition of the
+Gram matrix `W_j^T W_j` in float64: exact enough (a condition number of 1e4 leaves 8 digits) and faster than the SVD of
+a tall block. The output side is the same with `W^T`.
+
+Shapes: n blocks, b block size, out rows, in columns, `n * b = in`.
+"""
+
+import math
+
+import torch
+
+from .config import AdapterError
+
+SIGMA_FLOOR = 1e-4  # relative to a block's largest singular value: real weights have conditions of at most 100
+ROWS_PER_CHUNK = 4096  # bounds the float64 copy of W that the Gram matrix needs
+
+
+def closest_block_size(width: int) -> int:
+    """The larger of the two most nearly equal factors of `width`: 896 -> 32 (28 x 32), a prime p -> p."""
+    smaller = math.isqrt(width)
+    while width % smaller:
+        smaller -= 1
+    return width // smaller
+
+
+def fit_block_size(block_size: int, width: int, other: int) -> int:
+    """The largest divisor of `width` that is at most `block_size` and at most `other`, the weight's other dimension.
+
+    A block wider than `other` has null directions, along which a trained core would do nothing.
+    """
+    limit = min(block_size, other)
+    return next(b for b in range(limit, 0, -1) if width % b == 0)
+
+
+def resolve_block_size(rule: int | str, width: int, head_dim: int | None = None) -> int:
+    """The block size that `rule` asks for on a side of `width` features.
+
+    Args:
+        rule: "closest", "head", "full" or an int.
+        width: `in` on the input side, `out` on the output side.
+        head_dim: the size of an attention head if this side's features are heads; other layers fall back to "closest".
+
+    Raises:
+        AdapterError: if an int, or the head dimension, does not divide `width`.
+    """
+    if rule == "full":
+        return width
+    if rule == "closest" or (rule == "head" and head_dim is None):
+        return closest_block_size(width)
+    block_size = head_dim if rule == "head" else rule
+    assert isinstance(block_size, int)
+    if width % block_size:
+        raise AdapterError(
+            f"block_size {block_size} does not divide the layer's width {width}; the closest factor pair would give "
+            f"{closest_block_size(width)}."
+        )
+    return block_size
+
+
+def block_gram(weight: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Gram matrices `W_j^T W_j` (n, b, b) in float64 of the column blocks of `weight` (out, in)."""
+    out_features, in_features = weight.shape
+    n = in_features // block_size
+    gram_nbb = torch.zeros(n, block_size, block_size, dtype=torch.float64, device=weight.device)
+    for rows in weight.split(ROWS_PER_CHUNK):
+        rows_nrb = rows.double().view(-1, n, block_size).transpose(0, 1)
+        gram_nbb.baddbmm_(rows_nrb.mT, rows_nrb)
+    return gram_nbb
+
+
+def block_basis(weight: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Right singular vectors and singular values of the column blocks of `weight`.
+
+    Singular vectors have no natural sign; here each one has a non-negative product with one fixed vector, so that two
+    machines agree on it.
+
+    Args:
+        weight: (out, in), any floating dtype; the result lies on its device.
+        block_size: b, a divisor of `in`.
+
+    Returns:
+        V (n, b, b) with the vectors as columns, sigma (n, b) in falling order, both float64; and the number of
+        directions whose singular value was raised to the floor. A block of zeros gets sigma = 1: it has no scale.
+
+    Raises:
+        AdapterError: if the weight holds NaN or infinite values.
+    """
+    gram_nbb = block_gram(weight, block_size)
+    if not torch.isfinite(gram_nbb).all():
+        raise AdapterError("the base weight holds NaN or infinite values, so it has no singular vectors.")
+    eigenvalues_nb, vectors_nbb = torch.linalg.eigh(gram_nbb)
+    sigma_nb = eigenvalues_nb.clamp_min(0).sqrt().flip(-1)
+    basis_nbb = vectors_nbb.flip(-1)
+    reference_b = torch.randn(block_size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    signs_nb = torch.sign(reference_b.to(basis_nbb.device) @ basis_nbb)
+    basis_nbb = basis_nbb * torch.where(signs_nb == 0, 1.0, signs_nb).unsqueeze(-2)
+
+    largest_n1 = sigma_nb[:, :1]
+    floor_n1 = torch.where(largest_n1 > 0, SIGMA_FLOOR * largest_n1, 1.0)
+    floored = int((sigma_nb < floor_n1).sum())
+    # float32 must be able to hold sigma and 1 / sigma
+    sigma_nb = torch.maximum(sigma_nb, floor_n1).clamp(1e-30, 1e30)
+    return basis_nbb, sigma_nb, floored
+
+
+def random_basis(num_blocks: int, block_size: int, device: torch.device | None = None) -> torch.Tensor:
+    """Random orthogonal matrices (n, b, b) in float64, drawn on the CPU from the global generator."""
+    gaussian_nbb = torch.randn(num_blocks, block_size, block_size, dtype=torch.float64)
+    return torch.linalg.qr(gaussian_nbb).Q.to(device)

@@ -1,0 +1,82 @@
+"""The arithmetic of FuRA as pure functions of tensors.
+
+Everything works on the difference `D = M - I` of the block multiplier `M` (n, b, b): near the start `M` is close to `I`,
+where bf16 resolves only 2^-8, while `D` keeps its digits and is exactly zero at the start.
+
+Shapes: n blocks, b block size, K = n * b features of the adapted side, `*` any leading dimensions.
+"""
+
+import torch
+
+
+def block_delta(
+    basis_nbb: torch.Tensor | None,
+    sigma_nb: torch.Tensor | None,
+    core_nbb: torch.Tensor,
+    scale_nb: torch.Tensor | None = None,
+    *,
+    merged: bool = False,
+) -> torch.Tensor:
+    """The difference `D` (n, b, b) of the input-side multiplier, without cancellation.
+
+    With `R = V^T + dR` and `s = sigma + ds`, `M = V diag(s / sigma) R`, hence with `t = ds / sigma`
+
+        D = V (dR + diag(t) (V^T + dR)),
+
+    and with the singular values folded into the core (`merged`), `D = V diag(1 / sigma) dR`.
+
+    Args:
+        basis_nbb: V, orthogonal, one singular vector a column; None stands for the identity.
+        sigma_nb: the singular values; None stands for ones.
+        core_nbb: dR, the trained difference of the core.
+        scale_nb: ds, the trained difference of the singular values; None if they are frozen.
+        merged: the core carries the singular values.
+    """
+    if merged:
+        inner_nbb = core_nbb if sigma_nb is None else core_nbb / sigma_nb.unsqueeze(-1)
+    elif scale_nb is None:
+        inner_nbb = core_nbb
+    else:
+        t_nb = scale_nb if sigma_nb is None else scale_nb / sigma_nb
+        if basis_nbb is None:
+            return core_nbb + t_nb.unsqueeze(-1) * core_nbb + torch.diag_embed(t_nb)
+        inner_nbb = core_nbb + t_nb.unsqueeze(-1) * (basis_nbb.mT + core_nbb)
+    return inner_nbb if basis_nbb is None else basis_nbb @ inner_nbb
+
+
+def compose_deltas(first_nbb: torch.Tensor, second_nbb: torch.Tensor) -> torch.Tensor:
+    """The difference of the product: `(I + A)(I + B) - I = A + B + A B`."""
+    return first_nbb + second_nbb + first_nbb @ second_nbb
+
+
+def block_transform(x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """`x + x @ blockdiag(delta)^T`: each row of `x` multiplied by `M = I + delta`.
+
+    Args:
+        x: (*, K).
+        delta: (n, b, b) with `n * b = K`; cast to the dtype of `x`. Products accumulate in float32 and are rounded
+            once, after `x` has been added.
+
+    Returns:
+        (*, K) in the dtype of `x`; exactly `x` where `delta` is zero.
+    """
+    n, b, _ = delta.shape
+    x_nTb = x.reshape(-1, n, b).transpose(0, 1)
+    y_nTb = torch.baddbmm(x_nTb, x_nTb, delta.to(x.dtype).mT)
+    return y_nTb.transpose(0, 1).reshape(x.shape)
+
+
+def merge_input_side(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """`W blockdiag(M)` for `weight` (rows, K), as a new tensor of the same dtype."""
+    n, b, _ = delta.shape
+    merged = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    weight_nrb = weight.reshape(-1, n, b).transpose(0, 1)
+    torch.baddbmm(weight_nrb, weight_nrb, delta.to(weight.dtype), out=merged.view(-1, n, b).transpose(0, 1))
+    return merged
+
+
+def merge_output_side(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """`blockdiag(M) W` for `weight` (K, columns), as a new tensor of the same dtype."""
+    n, b, _ = delta.shape
+    weight_nbi = weight.reshape(n, b, -1)
+    return torch.baddbmm(weight_nbi, delta.to(weight.dtype), weight_nbi).reshape(weight.shape)
