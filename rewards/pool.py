@@ -1,0 +1,241 @@
+"""A pool of worker processes that can be killed, with a deadline for each request and for the batch."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import selectors
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fura_rl.errors import FuraError
+
+_WORKER = Path(__file__).with_name("worker.py")
+_HEADER = struct.Struct(">I")
+# A fresh worker imports sympy: half a second when idle, longer on a busy machine. No answer is to blame for it.
+_START_TIMEOUT_S = 120.0
+# A request whose worker died (killed by the system, say) is asked once more before it counts as an error.
+_ATTEMPTS = 2
+
+
+class _Worker:
+    """One process and its two pipes."""
+
+    def __init__(self, memory_limit: int) -> None:
+        # Popen neither runs Python between fork and exec nor lets file descriptors through: safe with threads, with
+        # CUDA initialised, and under any multiprocessing start method.
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", str(_WORKER), str(os.getpid()), str(memory_limit)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            start_new_session=True,  # a Ctrl-C in the terminal reaches the parent only
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        )
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.stdin, self.stdout = self.process.stdin, self.process.stdout
+        os.set_blocking(self.stdout.fileno(), False)
+        self.ready = False
+        self.deadline = time.monotonic() + _START_TIMEOUT_S
+        self.request: int | None = None
+        self._buffer = b""
+
+    def send(self, index: int, message: dict[str, Any], deadline: float) -> None:
+        body = json.dumps(message).encode()
+        self.request, self.deadline = index, deadline
+        self.stdin.write(_HEADER.pack(len(body)) + body)  # a few kilobytes: one write to an empty pipe
+
+    def receive(self) -> dict[str, Any] | None:
+        """A whole message, or None if more bytes are to come.
+
+        Raises:
+            EOFError: The process is gone.
+        """
+        chunk = os.read(self.stdout.fileno(), 65536)
+        if not chunk:
+            raise EOFError
+        self._buffer += chunk
+        if len(self._buffer) < _HEADER.size:
+            return None
+        (size,) = _HEADER.unpack_from(self._buffer)
+        if len(self._buffer) < _HEADER.size + size:
+            return None
+        body = self._buffer[_HEADER.size : _HEADER.size + size]
+        self._buffer = self._buffer[_HEADER.size + size :]
+        return json.loads(body)
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Close the pipes only: what a forked child does with its parent's workers."""
+        self.stdin.close()
+        self.stdout.close()
+
+
+class WorkerPool:
+    """Up to `workers` processes, started when first needed.
+
+    One batch runs at a time; other threads wait for their turn. A forked child starts its own processes.
+    """
+
+    def __init__(self, workers: int, memory_limit: int) -> None:
+        self.size, self.memory_limit = workers, memory_limit
+        self.closed = False
+        self._reset()
+        _pools.add(self)
+
+    def _reset(self) -> None:
+        self._lock = threading.Lock()
+        self._workers: list[_Worker] = []
+
+    def _after_fork(self) -> None:
+        for worker in self._workers:
+            worker.abandon()
+        self._reset()
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the living workers."""
+        return [worker.process.pid for worker in self._workers]
+
+    def run(self, requests: Sequence[dict[str, Any]], timeout: float, batch_timeout: float) -> list[dict[str, Any]]:
+        """Answer every request, in order of arrival as workers become free.
+
+        Args:
+            requests: What to send; each gets a `timeout` key.
+            timeout: Seconds a worker may spend on one request before it is killed.
+            batch_timeout: Seconds for all of them, from the moment the first worker is ready.
+
+        Returns:
+            One reply per request: the worker's, or `{"error": "timeout"}`, or `{"error": "worker died"}`.
+
+        Raises:
+            FuraError: The pool is closed, or no worker could be started.
+        """
+        with self._lock:
+            if self.closed:
+                raise FuraError("This verifier is closed; create a new MathVerifier to grade more answers.")
+            return self._run(requests, timeout, batch_timeout)
+
+    def _run(self, requests: Sequence[dict[str, Any]], timeout: float, batch_timeout: float) -> list[dict[str, Any]]:
+        replies: list[dict[str, Any]] = [{"error": "timeout"} for _ in requests]
+        waiting = deque(range(len(requests)))
+        attempts = [0] * len(requests)
+        batch_deadline = float("inf")
+        wanted = min(self.size, len(requests))
+        try:
+            while waiting or any(worker.request is not None for worker in self._workers):
+                while waiting and len(self._workers) < wanted:
+                    self._workers.append(_Worker(self.memory_limit))
+                now = time.monotonic()
+                if batch_deadline == float("inf") and any(worker.ready for worker in self._workers):
+                    batch_deadline = now + batch_timeout
+                if now >= batch_deadline:
+                    break
+                for worker in list(self._workers):
+                    if now >= worker.deadline:
+                        if not worker.ready:
+                            raise FuraError(f"A grading worker did not start within {_START_TIMEOUT_S:.0f} s.")
+                        self._drop(worker)
+                    elif worker.ready and worker.request is None and waiting:
+                        index = waiting.popleft()
+                        attempts[index] += 1
+                        try:
+                            worker.send(index, {**requests[index], "timeout": timeout}, now + timeout)
+                        except BrokenPipeError:
+                            self._lost(worker, attempts, waiting, replies)
+                self._poll(replies, attempts, waiting, min(batch_deadline, now + 1.0))
+        except BaseException:  # KeyboardInterrupt too: a half-read reply must not answer the next batch
+            self._stop()
+            raise
+        for worker in [worker for worker in self._workers if worker.request is not None]:
+            self._drop(worker)
+        return replies
+
+    def _poll(self, replies: list[dict[str, Any]], attempts: list[int], waiting: deque[int], latest: float) -> None:
+        """Wait until some worker answers, dies or reaches its deadline."""
+        busy = [worker for worker in self._workers if worker.request is not None or not worker.ready]
+        if not busy:
+            return
+        with selectors.DefaultSelector() as selector:
+            for worker in busy:
+                selector.register(worker.stdout, selectors.EVENT_READ, worker)
+            until = min(latest, *(worker.deadline for worker in busy))
+            events = selector.select(max(0.0, until - time.monotonic()))
+        for key, _ in events:
+            worker = key.data
+            try:
+                message = worker.receive()
+            except EOFError:
+                self._lost(worker, attempts, waiting, replies)
+                continue
+            if message is None:
+                continue
+            worker.deadline = float("inf")
+            if not worker.ready:
+                worker.ready = True
+                continue
+            replies[worker.request] = message
+            worker.request = None
+            if message.get("error") == "memory":
+                self._drop(worker)
+
+    def _lost(self, worker: _Worker, attempts: list[int], waiting: deque[int], replies: list[dict[str, Any]]) -> None:
+        """A worker died by itself: ask its request again, elsewhere."""
+        index = worker.request
+        if index is None and not worker.ready:
+            raise FuraError(
+                "A grading worker ended while it started; is math-verify installed, and memory_limit at least 256 MiB?"
+            )
+        self._drop(worker)
+        if index is not None:
+            if attempts[index] < _ATTEMPTS:
+                waiting.appendleft(index)
+            else:
+                replies[index] = {"error": "worker died"}
+
+    def _drop(self, worker: _Worker) -> None:
+        worker.kill()
+        self._workers.remove(worker)
+
+    def _stop(self) -> None:
+        for worker in list(self._workers):
+            self._drop(worker)
+
+    def close(self) -> None:
+        """End every worker. Waits for a batch in another thread; a second call does nothing."""
+        with self._lock:
+            self.closed = True
+            self._stop()
+
+
+_pools: weakref.WeakSet[WorkerPool] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for pool in list(_pools):
+        pool._stop()
+
+
+def _forget_all() -> None:
+    for pool in list(_pools):
+        pool._after_fork()
+
+
+os.register_at_fork(after_in_child=_forget_all)
