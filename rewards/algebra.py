@@ -13,10 +13,10 @@ from .equivalence import compare
 
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)
 
-# Boxes are already opened. Units are math-verify's to remove where a number is not all there is.
+# Boxes are opened and units removed before; math-verify's own removal of units takes the variable of `5 t` for one.
 _CONFIG = (
     LatexExtractionConfig(
-        normalization_config=NormalizationConfig(units=True, malformed_operators=True, nits=True, boxed="none"),
+        normalization_config=NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none"),
         boxed_match_priority=-1,
     ),
 )

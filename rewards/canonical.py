@@ -44,7 +44,7 @@ _UNICODE = str.maketrans(
 )
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
-_SPACE_COMMANDS = re.compile(r"\\(?:qquad|quad|,|;|:|>|!|enspace|thinspace|hspace\{[^{}]*\}|(?=\s))|(?<!\\)~")
+_SPACE_COMMANDS = re.compile(r"(?<!\\)\\(?:qquad|quad|,|;|:|>|!|enspace|thinspace|hspace\{[^{}]*\}|(?=\s))|(?<!\\)~")
 _SIZE_COMMANDS = re.compile(r"\\(?:left|right|middle)\s*\.|\\(?:left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])")
 _STYLE_COMMANDS = re.compile(r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|strut|mathstrut)(?![a-zA-Z])")
 _FONT_ONE_SYMBOL = re.compile(
@@ -53,6 +53,12 @@ _FONT_ONE_SYMBOL = re.compile(
 _TEXT = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|normal|up|md)?|mbox|hbox|mathrm|mathbf|mathit|mathsf|operatorname\*?|emph)\s*\{([^{}]*)\}"
 )
+# Words set as text after a number are its unit. Not those that change the value: `5 million`, `8:30 p.m.`
+_UNIT_TEXT = re.compile(
+    r"(?<=[\d})])\s*\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm)\s*\{"
+    r"(?!\s*(?:[ap]\.?\s?m\b|hundred|thousand|[mbtr]+illion|dozen|percent|base))\s*[a-zA-Z][a-zA-Z ./]*\}"
+    r"(?:\s*\^\s*\{?[23]\}?)?\s*$"
+)
 _MATH_DELIMITERS = re.compile(r"(?<!\\)(?:\\[\[\]()]|\$+)")
 _FRAC_DIGITS = re.compile(r"\\frac\s*(\d)\s*(\d)")
 _FRAC_DIGIT_BRACE = re.compile(r"\\frac\s*(\d)\s*(?=\{)")
@@ -60,7 +66,7 @@ _FRAC_BRACE_DIGIT = re.compile(r"(\\frac\s*\{[^{}]*\})\s*([a-zA-Z0-9])")
 _SQRT_TOKEN = re.compile(r"\\sqrt\s*([a-zA-Z0-9])")
 _DEGREES = re.compile(r"\s*\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\s*\\degree(?![a-zA-Z])")
 _PERCENT = re.compile(r"\s*(?:\\?%|(?<![a-zA-Z])(?:percent(?:age)?|pct)(?![a-zA-Z]))", re.IGNORECASE)
-_AND_OR = re.compile(r"\s*,?\s*(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])\s*,?\s*")
+_AND_OR = re.compile(r"\s*,?\s*(?<![a-zA-Z\\])(?:and|or)(?![a-z])\s*,?\s*")
 _SINGLE_BRACES = re.compile(r"([\^_])\s*\{\s*([a-zA-Z0-9])\s*\}")
 _THIN_COMMA = re.compile(r"\{\s*,\s*\}")
 _EMPHASIS = re.compile(r"\*\*|`|^\s*#+\s*")
@@ -113,6 +119,7 @@ def canonical(answer: str) -> str:
     s = _ARRAY.sub(r"\\begin{matrix}\1\\end{matrix}", s)
     s = _MATRIX_KIND.sub(r"\\\1{matrix}", s)
     s = _FONT_ONE_SYMBOL.sub(r"\1", s)
+    s = _UNIT_TEXT.sub("", s.rstrip(" .,;"))
     s = _TEXT.sub(r" \1 ", s)
     s = _DEGREES.sub(" ", s)
     s = _PERCENT.sub("%", s)
@@ -120,6 +127,7 @@ def canonical(answer: str) -> str:
     s = _FRAC_DIGIT_BRACE.sub(r"\\frac{\1}", s)
     s = _FRAC_BRACE_DIGIT.sub(r"\1{\2}", s)
     s = _SQRT_TOKEN.sub(r"\\sqrt{\1}", s)
+    s = re.sub(r"(?<=\d)i(?![a-zA-Z])", " i", s)  # `9i`: the parser sees the imaginary unit only as a word of its own
     s = _AND_OR.sub(" , ", s)
     s = _SINGLE_BRACES.sub(r"\1\2", s)
     s = re.sub(r"\s+", " ", s).strip()

@@ -1,4 +1,4 @@
-r"""Equality of two answers by structure: lists, sets, tuples, intervals, matrices, assignments, text, numbers.
+r"""Equality of two answers in canonical form: by spelling, by number, by structure, and part by part.
 
 Every comparison is three-valued: True, False, or None for "not decided here". The parent process decides what it can
 without algebra; a worker repeats the comparison with a `leaf` that asks math-verify about the parts left open.
@@ -9,143 +9,30 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from .canonical import compact
-from .numerals import equal_numbers, read_number
+from .numerals import equal_numbers, read_number, strip_unit
+from .structure import Shape, as_interval, is_equation, shape_of, split_name, split_top
 
 Leaf = Callable[[str, str], "bool | None"]
 
 # Matching unordered elements is quadratic.
 MAX_ELEMENTS = 64
+MAX_NESTING = 4
 
-_OPEN, _CLOSE = "([{", ")]}"
-_MATRIX = re.compile(r"\\begin\{matrix\}(.*)\\end\{matrix\}", re.DOTALL)
-_TOKEN = re.compile(r"\\[{}]|\\[a-zA-Z]+|\\.|.", re.DOTALL)
-_RELATION = re.compile(r"\\leq|\\geq|\\neq|\\in(?![a-zA-Z])|[<>]|(?<![<>!\\])=")
-# A name, not an expression: letters with subscripts and arguments, lengths such as |AB|, ratios of names, tuples of
-# names. It carries no arithmetic, so dropping `name =` keeps the value.
-_NAME = re.compile(
-    r"(?=.*[a-zA-Z])(?:\\(?:angle|triangle|operatorname|mathrm|frac|overline|alpha|beta|gamma|theta|lambda|mu|phi|omega)"
-    r"|[a-zA-Z]|_\{?[a-zA-Z0-9,]++\}?|\^\{?(?:-1|\\prime|')\}?|'|\((?:[a-zA-Z]|-?\d+|,| )*+\)|[\s,:|{}])++"
-)
 _WORDS = re.compile(r"[a-zA-Z][a-zA-Z \-'.,!?]*+")
+# A letter that may stand for a choice, with or without the text of the choice: `C`, `(C)`, `C. 42`, `(C) 42`.
 _CHOICE = re.compile(r"\(?\s*([A-H])\s*\)?\s*(?:[.:)]\s*\S.*)?|\(\s*([A-H])\s*\)\s*\S.*")
-
-
-def split_top(form: str, *separators: str) -> list[str]:
-    r"""Split at the separators (tokens such as `,` or `\cup`) outside every bracket.
-
-    Brackets need not match in kind, as in `[0, 1)`.
-    """
-    parts: list[str] = []
-    depth, start = 0, 0
-    for match in _TOKEN.finditer(form):
-        token = match.group()
-        bare = token[-1] if token in ("\\{", "\\}") else token
-        if bare in _OPEN:
-            depth += 1
-        elif bare in _CLOSE:
-            depth = max(0, depth - 1)
-        elif depth == 0 and token in separators:
-            parts.append(form[start : match.start()])
-            start = match.end()
-    parts.append(form[start:])
-    return [part.strip() for part in parts]
-
-
-def _enclosed(form: str) -> tuple[str, str, str] | None:
-    """(opening, inside, closing) if one pair of brackets spans the whole form."""
-    tokens = list(_TOKEN.finditer(form))
-    if len(tokens) < 2:
-        return None
-    depth = 0
-    for match in tokens:
-        bare = match.group()[-1] if match.group() in ("\\{", "\\}") else match.group()
-        if bare in _OPEN:
-            depth += 1
-        elif bare in _CLOSE:
-            depth -= 1
-            if depth == 0 and match is not tokens[-1]:
-                return None
-        elif depth == 0:
-            return None
-    first, last = tokens[0], tokens[-1]
-    if depth != 0:
-        return None
-    return first.group(), form[first.end() : last.start()].strip(), last.group()
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The outermost structure of a form. `kind` is scalar, list, set, bracket, union or matrix."""
-
-    kind: str
-    parts: tuple[str, ...] = ()
-    brackets: str = ""  # "()", "[)", ... of a tuple or an interval
-    rows: int = 0
-
-
-def shape_of(form: str) -> Shape:
-    """Read the outermost structure; brackets around a single part are dropped."""
-    if match := _MATRIX.fullmatch(form):
-        rows = [row for row in re.split(r"\\\\(?:\[[^\]]*\])?", match[1]) if row.strip()]
-        cells = [cell.strip() for row in rows for cell in row.split("&")]
-        return Shape("matrix", tuple(cells), rows=len(rows))
-    pieces = split_top(form, r"\cup")
-    if len(pieces) > 1:
-        return Shape("union", tuple(pieces))
-    for separator in (";", ","):
-        parts = [part for part in split_top(form, separator) if part]
-        if len(parts) > 1:
-            return Shape("list", tuple(parts))
-    enclosed = _enclosed(form)
-    if enclosed:
-        opening, inside, closing = enclosed
-        inner = shape_of(inside)
-        is_set = opening == r"\{" and closing == r"\}"
-        if inner.kind == "list":
-            if is_set or (opening, closing) == ("{", "}"):
-                return Shape("set", inner.parts)
-            return Shape("bracket", inner.parts, opening[-1] + closing[-1])
-        if is_set:
-            return Shape("set", (inside,) if inside else ())
-        if inside and opening in "({" and closing in ")}":
-            return inner if inner.kind != "scalar" else Shape("scalar", (inside,))
-    signs = re.findall(r"\\pm(?![a-zA-Z])|\\mp(?![a-zA-Z])", form)
-    if len(signs) == 1:
-        plus = re.sub(r"\\pm(?![a-zA-Z])", "+", re.sub(r"\\mp(?![a-zA-Z])", "-", form))
-        minus = re.sub(r"\\pm(?![a-zA-Z])", "-", re.sub(r"\\mp(?![a-zA-Z])", "+", form))
-        return Shape("list", (plus.lstrip("+ "), minus.strip()))
-    return Shape("scalar", (form,))
-
-
-def split_name(form: str) -> tuple[str, str]:
-    r"""(`x`, `5`) for `x = 5`, `x \in 5` and `x \approx 5`; ("", form) if it does not start by naming the value.
-
-    Of a chain of equations the last part is the value, of `exact \approx rounded` the exact one.
-    """
-    left, *rest = split_top(form, r"\approx")
-    if rest:
-        return (compact(left), rest[0]) if _NAME.fullmatch(left) else split_name(left)
-    if len(split_top(form, ",", ";")) > 1:
-        return "", form
-    head, *member = split_top(form, r"\in")
-    if len(member) == 1 and _NAME.fullmatch(head):
-        return compact(head), member[0]
-    sides = split_top(form, "=")
-    if len(sides) > 1 and all(sides):
-        if _NAME.fullmatch(sides[0]):
-            return compact(sides[0]), sides[-1]
-        if not re.search(r"[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", sides[0])) or len(sides) > 2:
-            return "", sides[-1]
-    return "", form
 
 
 def _all(results: Sequence[bool | None]) -> bool | None:
     if any(result is False for result in results):
         return False
     return True if all(results) else None
+
+
+def _ordered(gold: Sequence[str], answer: Sequence[str], same: Leaf) -> bool | None:
+    return _all([same(g, a) for g, a in zip(gold, answer, strict=True)])
 
 
 def _unordered(gold: Sequence[str], answer: Sequence[str], same: Leaf) -> bool | None:
@@ -171,55 +58,68 @@ def _unordered(gold: Sequence[str], answer: Sequence[str], same: Leaf) -> bool |
     return None if undecided else True
 
 
-def _compare_parts(gold: Shape, answer: Shape, same: Leaf) -> bool | None:
-    ordered_kinds = {"bracket", "list"}
-    if gold.kind == "matrix" or answer.kind == "matrix":
-        if gold.kind != answer.kind:
-            return None
+def _flat(shape: Shape) -> list[str]:
+    return [piece for part in shape.parts for piece in split_top(part, ",")]
+
+
+def _distinct(shape: Shape) -> Shape:
+    return Shape(shape.kind, tuple({compact(part): part for part in shape.parts}.values()))
+
+
+def _compare_collections(gold: Shape, answer: Shape, same: Leaf) -> bool | None:
+    """Lists and sets: without order, unless names on one side say which value is which."""
+    if len(gold.parts) != len(answer.parts):
+        # Groups (`p=5,q=2; p=7,q=2`) may also be written as one list, and a solution may be listed twice.
+        flat_gold, flat_answer = _flat(gold), _flat(answer)
+        if len(flat_gold) == len(flat_answer):
+            return _unordered(flat_gold, flat_answer, same)
+        gold, answer = _distinct(gold), _distinct(answer)
+        if len(gold.parts) != len(answer.parts):
+            return False
+    names = [{split_name(part)[0] for part in shape.parts} for shape in (gold, answer)]
+    for named, other in (names, names[::-1]):
+        if len(named) > 1 and "" not in named and other == {""}:  # `AB = 4, CD = 5` against `4, 5`
+            return _ordered(gold.parts, answer.parts, same)
+    return _unordered(gold.parts, answer.parts, same)
+
+
+def _compare_shapes(gold: Shape, answer: Shape, same: Leaf) -> bool | None:
+    kinds = {gold.kind, answer.kind}
+    if kinds <= {"list", "set"}:
+        return _compare_collections(gold, answer, same)
+    if kinds == {"matrix"}:
         if (gold.rows, len(gold.parts)) != (answer.rows, len(answer.parts)):
             return False
-        return _all([same(g, a) for g, a in zip(gold.parts, answer.parts, strict=True)])
-    if gold.kind == "union" or answer.kind == "union":
-        # Pieces may be merged or split differently; only agreement is decided here.
-        if gold.kind == answer.kind and len(gold.parts) == len(answer.parts):
-            return _unordered(gold.parts, answer.parts, same) or None
-        return None
-    if len(gold.parts) != len(answer.parts):
-        flat_gold, flat_answer = (
-            [piece for part in shape.parts for piece in split_top(part, ",")] for shape in (gold, answer)
-        )
-        if gold.kind == answer.kind == "list" and len(flat_gold) == len(flat_answer):
-            return _unordered(flat_gold, flat_answer, same)
-        return False
-    if gold.kind == answer.kind == "bracket":
-        if gold.brackets != answer.brackets:
+        return _ordered(gold.parts, answer.parts, same)
+    if kinds == {"union"}:
+        # Pieces may be merged or split differently, so only agreement is decided here.
+        same_count = len(gold.parts) == len(answer.parts)
+        return (_unordered(gold.parts, answer.parts, same) or None) if same_count else None
+    if kinds == {"bracket"}:
+        if gold.brackets != answer.brackets or len(gold.parts) != len(answer.parts):
             return False
-        return _all([same(g, a) for g, a in zip(gold.parts, answer.parts, strict=True)])
-    if {gold.kind, answer.kind} == ordered_kinds:
-        if "(" not in gold.brackets + answer.brackets or ")" not in gold.brackets + answer.brackets:
-            return None
-        return _all([same(g, a) for g, a in zip(gold.parts, answer.parts, strict=True)])
-    if {gold.kind, answer.kind} <= {"list", "set"}:
-        names = [{split_name(part)[0] for part in shape.parts} for shape in (gold, answer)]
-        if any("" not in one and len(one) > 1 and other == {""} for one, other in (names, names[::-1])):
-            # `AB = 4, CD = 5` against `4, 5`: the order says which is which.
-            return _all([same(g, a) for g, a in zip(gold.parts, answer.parts, strict=True)])
-        return _unordered(gold.parts, answer.parts, same)
+        return _ordered(gold.parts, answer.parts, same)
+    if kinds == {"bracket", "list"} and "()" in (gold.brackets, answer.brackets):
+        # A tuple without its parentheses keeps its order.
+        return _ordered(gold.parts, answer.parts, same) if len(gold.parts) == len(answer.parts) else False
+    if kinds == {"bracket", "set"}:
+        return False
+    if kinds == {"set", "scalar"}:
+        return same(gold.parts[0], answer.parts[0]) if len(gold.parts) == len(answer.parts) == 1 else None
     return None
 
 
 def _compare_text(gold: str, answer: str) -> bool | None:
     """Words and multiple-choice letters; None if neither side is certainly text."""
     choices = [_CHOICE.fullmatch(form) for form in (gold, answer)]
-    if all(choices):
-        letters = [match[1] or match[2] for match in choices if match]
-        return letters[0] == letters[1]
-    is_text = [bool(_WORDS.fullmatch(form)) and max(map(len, re.split(r"\W+", form))) >= 4 for form in (gold, answer)]
-    if any(is_text):
-        words = [re.sub(r"[^a-z0-9]+", " ", form.casefold()).strip() for form in (gold, answer)]
-        if all(is_text) or words[0] == words[1]:
-            return words[0] == words[1]
-    return None
+    if choices[0] and choices[1]:
+        return (choices[0][1] or choices[0][2]) == (choices[1][1] or choices[1][2])
+    words = [re.sub(r"[^a-z0-9]+", " ", form.casefold()).strip() for form in (gold, answer)]
+    # A word of four letters or more is text; a shorter one may be a product of variables.
+    is_text = [bool(_WORDS.fullmatch(form)) and max(map(len, form.split())) >= 4 for form in (gold, answer)]
+    if any(is_text) and words[0] == words[1]:
+        return True
+    return False if all(is_text) else None
 
 
 def compare(gold: str, answer: str, leaf: Leaf | None = None, float_rounding: int = 6, depth: int = 0) -> bool | None:
@@ -228,43 +128,54 @@ def compare(gold: str, answer: str, leaf: Leaf | None = None, float_rounding: in
     Args:
         gold: The reference answer, in canonical form.
         answer: The answer to judge, in canonical form.
-        leaf: Decides pairs of scalars that neither spelling nor number settles; None leaves them open.
+        leaf: Decides pairs that neither spelling nor number nor structure settles; without it they stay open.
         float_rounding: Decimals to which a decimal number must agree.
-        depth: Nesting level reached; deep structures are left to `leaf`.
+        depth: Nesting level reached; structures deeper than `MAX_NESTING` are left to `leaf`.
 
     Returns:
         True, False, or None if undecided.
     """
-    if compact(gold) == compact(answer):
-        return True
     if not gold or not answer:
         return False
+    if compact(gold) == compact(answer):
+        return True
     (gold_name, gold_value), (answer_name, answer_value) = split_name(gold), split_name(answer)
-    if gold_name == answer_name or not (gold_name and answer_name):
+    if gold_name == answer_name and (gold_name or is_equation(gold) == is_equation(answer)):
         gold, answer = gold_value, answer_value
-        if compact(gold) == compact(answer):
-            return True
-    numbers = read_number(gold), read_number(answer)
-    if numbers[0] and numbers[1]:
-        return equal_numbers(numbers[0], numbers[1], float_rounding)
+    elif not is_equation(gold):
+        # `a + b = 5` answers 5, since it ends by saying so; a reference is taken at its word below.
+        answer = split_top(answer, "=")[-1] if is_equation(answer) else answer_value
+    elif not is_equation(answer):
+        if not gold_name:
+            return False
+        gold = gold_value
+    if compact(gold) == compact(answer):
+        return True
+    gold_number, answer_number = read_number(gold), read_number(answer)
+    if gold_number and answer_number:
+        return equal_numbers(gold_number, answer_number, float_rounding)
     text = _compare_text(gold, answer)
     if text is not None:
         return text
+
     shapes = shape_of(gold), shape_of(answer)
-    if {shape.kind for shape in shapes} != {"scalar"} and depth < 4:
+    if {shape.kind for shape in shapes} & {"bracket", "union"} and shapes[0].kind != shapes[1].kind:
+        shapes = shape_of(as_interval(gold)), shape_of(as_interval(answer))
+    kinds = {shape.kind for shape in shapes}
+    if kinds != {"scalar"} and depth < MAX_NESTING:
         if any(len(shape.parts) > MAX_ELEMENTS for shape in shapes):
             return False
 
         def same(g: str, a: str) -> bool | None:
             return compare(g, a, leaf, float_rounding, depth + 1)
 
-        decided = _compare_parts(*shapes, same) if "scalar" not in {s.kind for s in shapes} else None
+        decided = _compare_shapes(*shapes, same)
         if decided is not None:
             return decided
-        if any(shape.kind == "list" for shape in shapes) and not any(_RELATION.search(f) for f in (gold, answer)):
-            return False
-    elif numbers == (None, None) or any(numbers):
-        gold, answer = shapes[0].parts[0], shapes[1].parts[0]
-        if compact(gold) == compact(answer):
-            return True
+        if (gold_number or answer_number) and "set" not in kinds:
+            return False  # one number against several, or against an interval or a matrix
+    elif kinds == {"scalar"}:
+        stripped = strip_unit(shapes[0].parts[0]), strip_unit(shapes[1].parts[0])
+        if stripped != (gold, answer):  # without a unit or outer brackets it may be a number after all
+            return compare(*stripped, leaf, float_rounding, depth) if depth < MAX_NESTING else None
     return leaf(gold, answer) if leaf else None

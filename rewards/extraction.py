@@ -19,16 +19,27 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 # TeX boxes the next token when there is no brace: `\boxed 7`, `\boxed\frac12`. The token ends where the formula does.
 _UNBRACED = re.compile(r"[^\s$.,;{}][^\s${}]*")
 _BETWEEN_BOXES_CHARS = 60
+_NEW_SENTENCE = re.compile(r"\n\n|[.!?][\s$\\)\]]*\s[A-Z]")
 _SEPARATOR = re.compile(r"(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])|[,;&+]")
 
 _NUMBER = r"-?(?:\d{1,3}(?:[,\u202f ]\d{3})+(?!\d)|\d+)(?:\.\d+)?|-?\.\d+"
-_LAST_NUMBER = re.compile(rf"(?<![\w.])(?:\$\s*)?((?:{_NUMBER})(?:/\d+(?!\d))?\s*\\?%?)")
+_FRACTION = r"-?\\[dtc]?frac\{-?[\d.]+\}\{-?[\d.]+\}"
+# Not inside a word such as `A2`; other scripts do not put spaces around numbers.
+_LAST_NUMBER = re.compile(rf"(?<![a-zA-Z0-9_.])({_FRACTION}|(?:{_NUMBER})(?:/\d+(?!\d))?)(\s*(?:\\?%|percent|pct))?")
 # Bounded, so that delimiters that never close cost no quadratic time.
 _MATH = re.compile(
-    r"\$\$(.{1,400}?)\$\$|(?<!\\)\\\[(.{1,400}?)\\\]|(?<!\\)\\\((.{1,400}?)\\\)|(?<!\\)\$([^$\n]{1,400}?)(?<!\\)\$",
+    r"\$\$(.{1,400}?)\$\$|(?<!\\)\\\[(.{1,400}?)\\\]|(?<!\\)\\\((.{1,400}?)\\\)"
+    r"|(?<!\\)\$((?:\\\$|[^$\n]){1,400}?)(?<!\\)\$\s*(?:%|percent|pct)?",
     re.DOTALL,
 )
-_ANSWER_PHRASE = re.compile(r"(?i:final answer|the answer|answer)\s*(?:\w+\s+){0,4}?(?:is|are|=|:)+\s*:?\s*")
+_ANSWER_PHRASE = re.compile(
+    r"(?i:final answer|the answer|answer)(?:\s+\w+){0,4}?\s*(?:(?<!\w)(?:is|are)(?!\w)|=|:)[\s:]*"
+)
+_PHRASE_CHARS = 200
+_SENTENCE_END = re.compile(r"\n|[.。](?:\s|$)")
+_TEXT_COMMAND = re.compile(r"\\(?:begin|end)\{\w+\}|\\(?:text\w*|mbox|mathrm|operatorname)\s*\{[^{}]*\}|\\[a-zA-Z]+")
+_PLAIN_WORD = re.compile(r"(?!(?:and|or)(?![a-z]))[^\W\d_]{2,}")
+_TRAILING_WORDS = re.compile(r"(?<=[\d\s}\)])(?:\s*[a-zA-Z]+){1,3}\s*$")
 
 
 def _closing_brace(text: str, start: int) -> int | None:
@@ -90,7 +101,9 @@ def extract_boxes(text: str) -> list[str]:
         between = text[box[1] : group[0][0]]
         # One sentence that lists answers: nothing but a few words and a separator stands between its boxes.
         adjacent = len(between) < 10
-        listed = len(between) <= _BETWEEN_BOXES_CHARS and "\n\n" not in between and _SEPARATOR.search(between)
+        listed = (
+            len(between) <= _BETWEEN_BOXES_CHARS and not _NEW_SENTENCE.search(between) and _SEPARATOR.search(between)
+        )
         if not (adjacent or listed):
             break
         group.insert(0, box)
@@ -98,35 +111,64 @@ def extract_boxes(text: str) -> list[str]:
     return [content for i, content in enumerate(contents) if content and content not in contents[:i]]
 
 
-def _from_phrase(tail: str) -> str | None:
-    """What follows the last "the answer is" up to the end of its sentence."""
-    phrases = list(_ANSWER_PHRASE.finditer(tail))
-    if not phrases:
-        return None
-    rest = tail[phrases[-1].end() :]
-    math = _MATH.match(rest)
-    if math:
-        return next(group for group in math.groups() if group)
-    sentence = re.split(r"\n|\.(?:\s|$)", rest, maxsplit=1)[0].strip()
-    return sentence if 0 < len(sentence) <= 60 else None
+def _is_formula(text: str) -> bool:
+    """Whether a text is one expression, perhaps with a unit at its end, and no prose."""
+    symbols = _TRAILING_WORDS.sub("", _TEXT_COMMAND.sub(" ", text))
+    words = [word for word in _PLAIN_WORD.findall(symbols) if not (len(word) == 2 and word.isupper())]  # AB: a segment
+    return not words and any(char.isalnum() for char in text)
 
 
 def last_number(text: str) -> str | None:
     """The last number of a text as written (`1,234.5`, `3/4`, `28%`), or None."""
-    matches = _LAST_NUMBER.findall(text[-TAIL_CHARS:])
-    return matches[-1].strip() if matches else None
+    matches = list(_LAST_NUMBER.finditer(text[-TAIL_CHARS:]))
+    return matches[-1].group().strip() if matches else None
+
+
+def _last_value(text: str) -> str | None:
+    """The last formula or the last number of a text, whichever stands later."""
+    formulas = list(_MATH.finditer(text))
+    if not formulas:
+        return last_number(text)
+    after = last_number(text[formulas[-1].end() :])
+    if after is not None:
+        return after
+    content = next(group for group in formulas[-1].groups() if group)
+    # A dollar sign may be money: then what stands between two of them is prose.
+    is_prose = len(_PLAIN_WORD.findall(_TEXT_COMMAND.sub(" ", content))) > 1
+    return last_number(content) if is_prose else formulas[-1].group()
 
 
 def last_expression(text: str) -> str | None:
-    """What a text without a box seems to answer: after "the answer is", else the last formula, else the last number."""
+    """What a text without a box answers: all of it if it is one formula, else what follows "the answer is", else the
+    last formula or number.
+    """
+    if len(text) <= _PHRASE_CHARS and _is_formula(text):
+        return text.strip()
     tail = text[-TAIL_CHARS:]
-    phrase = _from_phrase(tail)
-    if phrase is not None:
-        return phrase
-    formulas = _MATH.findall(tail)
-    if formulas:
-        return next(group for group in formulas[-1] if group)
-    return last_number(tail)
+    phrases = list(_ANSWER_PHRASE.finditer(tail))
+    if phrases:
+        sentence = _SENTENCE_END.split(tail[phrases[-1].end() :].lstrip(), maxsplit=1)[0][:_PHRASE_CHARS].strip()
+        value = sentence if _is_formula(sentence) else _last_value(sentence)
+        if value is not None:
+            return value
+    return _last_value(tail)
+
+
+def extract_reference(answer: str) -> list[str]:
+    r"""The parts of a reference answer: usually the answer itself, as one part.
+
+    A reference may also be a whole solution: then it is its boxes, what follows GSM8K's `####`, or its last formula.
+    """
+    if "box" in answer:
+        boxes = extract_boxes(answer)
+        if boxes:
+            return boxes
+        answer = answer[match.end() :].removeprefix("{") if (match := _BOX.search(answer)) else answer
+    if "####" in answer:
+        return [answer.rpartition("####")[2].strip()]
+    if len(_PLAIN_WORD.findall(_TEXT_COMMAND.sub(" ", answer))) > 12:
+        return [last_expression(answer) or answer]
+    return [answer]
 
 
 def extract_answer(text: str, fallback: Fallback | None = None) -> str | None:

@@ -6,7 +6,7 @@ Standard library only: the grading workers import this module without the rest o
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 # Longer literals are compared as strings: Python refuses to convert more than 4,300 digits, and no answer needs them.
@@ -20,24 +20,35 @@ _FRACTION = re.compile(
     rf"({_SIGN})(?:\\frac\s*\{{\s*({_SIGN}{_DECIMAL})\s*\}}\s*\{{\s*({_SIGN}{_DECIMAL})\s*\}}"
     rf"|\(?\s*({_SIGN}{_DECIMAL})\s*\)?\s*/\s*\(?\s*({_SIGN}{_DECIMAL})\s*\)?)"
 )
+# `28_9`, `1010_{two}`: digits in a base. The value is not converted: the question asked for that base.
+_IN_BASE = re.compile(r"(\d+)\s*_\s*\{?\s*(\w+)\s*\}?")
 _MIXED = re.compile(rf"({_SIGN})(\d+)\s*\\frac\s*\{{\s*(\d+)\s*\}}\s*\{{\s*(\d+)\s*\}}|({_SIGN})(\d+) (\d+)/(\d+)")
-_SCIENTIFIC = re.compile(rf"({_SIGN}{_DECIMAL})\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*\{{?\s*([+-]?\d{{1,2}})\s*\}}?")
-# Words after a number are its unit: at least two letters, so that a variable (`5x`) never counts as one, and no
-# function name. A power may follow (`cm^2`), as may a second word (`square feet`, `miles per hour`, `cm/s`).
-_FUNCTIONS = r"(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|log|ln|lg|exp|mod|max|min|gcd|lcm|det|pi"
-_WORD = rf"(?!(?:{_FUNCTIONS})(?![a-zA-Z]))[a-zA-Z]{{2,}}+\.?"
+_SCIENTIFIC = re.compile(
+    rf"({_SIGN}{_DECIMAL})\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*\{{?\s*([+-]?\d{{1,2}})\s*\}}?"
+    rf"|({_SIGN}{_DECIMAL})[eE]([+-]?\d{{1,2}})"
+)
+# Words after a number are its unit: from four letters on, since shorter ones may be a product of variables (`4ab`),
+# unless they are well-known units. Not those that change the value (`5 million`), and no functions.
+_SHORT_UNITS = (
+    "cm|mm|km|dm|nm|ft|in|yd|mi|kg|mg|lbs?|oz|gal|ml|mL|kL|hrs?|mins?|secs?|ms|mph|kph|rpm|deg|rad|sq|cu|cc|pts?|qts?|"
+    "days?|men|USD|EUR|Rs"
+)
+_LONG_WORD = r"(?!(?:arc)?(?:sin|cos|tan|cot|sec|csc)h|hundred|thousand|[mbtr]+illion|dozen|percent|base)[a-zA-Z]{4,}+"
+_WORD = rf"(?:(?:{_SHORT_UNITS})(?![a-zA-Z])|{_LONG_WORD})\.?"
 _UNIT = re.compile(rf"{_WORD}(?:[\s/.]++[a-zA-Z]++\.?)*+(?:\s*\^\s*\{{?\s*-?\d\s*\}}?)?")
+_ENDS_QUANTITY = re.compile(r"(?:[\d})]|\\pi)$")
 _FIRST_WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2}")
 
 
 @dataclass(frozen=True)
 class Number:
-    """A number as written: its value, whether it was a decimal (hence perhaps rounded), a percentage, with a unit."""
+    """A number as written: its value, whether it was a decimal (hence perhaps rounded), whether a percentage, in which
+    base if one was named."""
 
     value: Fraction
     decimal: bool = False
     percent: bool = False
-    unit: str = ""
+    base: str = ""
 
 
 def _value(sign: str, digits: str) -> Fraction:
@@ -67,7 +78,10 @@ def _bare(text: str) -> Number | None:
         value = _signed(top) / _signed(bottom)
         return Number(-value if "-" in match[1] else value)
     if match := _SCIENTIFIC.fullmatch(text):
-        return Number(_signed(match[1]) * Fraction(10) ** int(match[2]), decimal="." in match[1])
+        mantissa, exponent = match[1] or match[3], match[2] or match[4]
+        return Number(_signed(mantissa) * Fraction(10) ** int(exponent), decimal="." in mantissa)
+    if match := _IN_BASE.fullmatch(text):
+        return Number(Fraction(int(match[1])), base=match[2])
     return None
 
 
@@ -80,12 +94,19 @@ def read_number(form: str) -> Number | None:
     percent = form.endswith("%")
     text = form[:-1].strip() if percent else form
     number = _bare(text)
-    unit = ""
     if number is None and not percent:
-        word = _FIRST_WORD.search(text)
-        if word and _UNIT.fullmatch(text, word.start()):
-            number, unit = _bare(text[: word.start()].strip()), text[word.start() :]
-    return number and Number(number.value, number.decimal, percent, unit)
+        number = _bare(strip_unit(text))
+    return number and replace(number, percent=percent)
+
+
+def strip_unit(form: str) -> str:
+    r"""A canonical form without the unit after its last number or bracket, as in `15 cm^2` and `3 \pi feet`."""
+    word = _FIRST_WORD.search(form)
+    if word and _UNIT.fullmatch(form, word.start()):
+        quantity = form[: word.start()].rstrip()
+        if _ENDS_QUANTITY.search(quantity):
+            return quantity
+    return form
 
 
 def equal_numbers(a: Number, b: Number, float_rounding: int) -> bool:
@@ -102,6 +123,8 @@ def equal_numbers(a: Number, b: Number, float_rounding: int) -> bool:
         # Rounding would make every tiny number zero.
         return abs(x - y) <= max(abs(x), abs(y)) * Fraction(1, 100)
 
+    if a.base and b.base and a.base != b.base:
+        return False
     if a.percent == b.percent:
         return same(a.value, b.value)
     return same(a.value, b.value) or (same(a.value / 100, b.value) if a.percent else same(a.value, b.value / 100))

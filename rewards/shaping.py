@@ -31,7 +31,8 @@ class FormatReward:
 
     Args:
         format_style: `"boxed"`: there is a closed `\boxed{}`. `"think"`: one `</think>` ends the reasoning, and
-            something follows it (the opening tag may belong to the prompt). `"think_boxed"`: both, the box after the tag.
+            something follows it (the opening tag may belong to the prompt). `"think_boxed"`: both, the box after the
+            tag.
     """
 
     __name__ = "format"

@@ -20,10 +20,11 @@ from typing import Any, Literal
 from fura_rl.errors import FuraError
 
 from .canonical import canonical
-from .equivalence import compare, shape_of
-from .extraction import Fallback, extract_answer, extract_boxes
+from .equivalence import compare
+from .extraction import Fallback, extract_answer, extract_boxes, extract_reference
 from .limits import MAX_CHARS, too_large
 from .pool import WorkerPool
+from .structure import is_list
 
 Reason = Literal["correct", "wrong", "no_answer", "timeout", "error"]
 
@@ -118,8 +119,11 @@ class MathVerifier:
         """
         if len(completions) != len(answers):
             raise FuraError(f"{len(completions)} completions but {len(answers)} answers: one answer each is needed.")
+        started = time.monotonic()
         extracted = [self.extract(text, answer) for text, answer in zip(completions, answers, strict=True)]
-        return self.grade_extracted(extracted, answers)
+        grades = self.grade_extracted(extracted, answers)
+        self.last_batch["seconds"] = time.monotonic() - started
+        return grades
 
     def extract(self, completion: str, answer: str | None = None) -> str | None:
         r"""The answer a completion gives: the last box, or all boxes of the last list if `answer` has several parts."""
@@ -127,7 +131,7 @@ class MathVerifier:
             boxes = extract_boxes(completion)
             # Only where the reference lists several values may several boxes form one answer; where it is a single
             # value, `\boxed{3} or \boxed{5}` answers 5.
-            if len(boxes) > 1 and self._reference(answer)[1]:
+            if len(boxes) > 1 and self._reference(answer)[1] and not is_list(canonical(boxes[-1][:MAX_CHARS])):
                 return ", ".join(boxes)
         return extract_answer(completion, self.fallback)
 
@@ -172,9 +176,9 @@ class MathVerifier:
 
     def _reference(self, answer: str) -> tuple[str, bool]:
         """The canonical form of a reference answer, and whether it lists several values."""
-        boxes = extract_boxes(answer) if "box" in answer else []
-        form = canonical((", ".join(boxes) or answer)[:MAX_CHARS])
-        return form, len(boxes) > 1 or shape_of(form).kind in ("list", "set")
+        parts = extract_reference(answer[-20_000:])
+        form = canonical(", ".join(parts)[:MAX_CHARS])
+        return form, len(parts) > 1 or is_list(form)
 
     def _exact(self, answer: str, given: str) -> Grade | dict[str, Any]:
         """A verdict without algebra, or the request for a worker."""
