@@ -103,9 +103,11 @@ def evaluate(
         identity: Names the model's weights and the engine; completions in `out_dir` are reused only if it is equal.
 
     Raises:
-        FuraError: No benchmarks, two of one name, a prompt beyond the context, or `out_dir` cannot be written.
+        FuraError: No benchmarks, two of one name, a gold answer that cannot be read, a prompt beyond the context, or
+            `out_dir` cannot be written.
     """
     draws = plan(tokenizer, benchmarks, prompt, sampling, identity)
+    check_answers(verifier, benchmarks)
     started = time.perf_counter()
     journal = None if out_dir is None else Journal(out_dir, (draw.key for draw in draws))
     try:
@@ -120,6 +122,20 @@ def evaluate(
             journal.close()
     timing |= {"grade_seconds": time.perf_counter() - sampled, "seconds": time.perf_counter() - started}
     return evaluation
+
+
+def check_answers(verifier: Verifier, benchmarks: Sequence[Benchmark]) -> None:
+    r"""Refuses gold answers that no completion could match: not even `\boxed{<the gold answer>}` is graded correct."""
+    for benchmark in benchmarks:
+        golds = [problem.answer for problem in benchmark.problems]
+        grades = verifier.grade([f"\\boxed{{{gold}}}" for gold in golds], golds)
+        bad = [p for p, g in zip(benchmark.problems, grades, strict=True) if not g.correct]
+        if bad:
+            others = f" (and of {len(bad) - 1} more)" if len(bad) > 1 else ""
+            raise FuraError(
+                f"The gold answer {bad[0].answer!r} of problem {bad[0].id!r}{others} in {benchmark.source} cannot be "
+                "read by the verifier: mend it, or take the problem out."
+            )
 
 
 def plan(

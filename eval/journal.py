@@ -50,10 +50,12 @@ class Journal:
         self.path = self.directory / SAMPLES
         self.finished: dict[str, Completion] = {}
         self.damaged: list[int] = []
-        with self._writing():
+        with writing(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             self._read(set(keys))
-            self._file = self.path.open("a", encoding="utf-8")
+            # Unbuffered: a line is with the operating system when `append` returns, and a failed write leaves nothing
+            # behind to fail again at close.
+            self._file = self.path.open("ab", buffering=0)
 
     def _read(self, keys: set[str]) -> None:
         if not self.path.exists():
@@ -90,28 +92,31 @@ class Journal:
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Writes one finished completion; it survives the process from here on."""
-        with self._writing():
-            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            self._file.flush()
+        with writing(self.directory):
+            data = (json.dumps(line, ensure_ascii=False) + "\n").encode()
+            while data:
+                data = data[self._file.write(data) :]
 
     def finish(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Replaces the file by the graded completions, in order."""
         self._file.close()
-        with self._writing():
+        with writing(self.directory):
             write_atomically(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
     def close(self) -> None:
         self._file.close()
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise FuraError(
-                f"Cannot write to {self.directory}: {error.strerror}. Completions that had finished are kept in "
-                f"{self.path}; the same command goes on from there."
-            ) from error
+
+@contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """Turns a full disk or a read-only directory into one sentence that says what is safe."""
+    try:
+        yield
+    except OSError as error:
+        raise FuraError(
+            f"Cannot write to {directory}: {error.strerror}. Completions that had finished are kept in "
+            f"{directory / SAMPLES}; the same command goes on from there."
+        ) from error
 
 
 def write_atomically(path: Path, text: str) -> None:

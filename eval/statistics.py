@@ -189,8 +189,15 @@ def _majority(groups: Sequence[int | None], correct: Sequence[bool], voters: Seq
 def paired_bootstrap(
     a: npt.ArrayLike, b: npt.ArrayLike, confidence: float = 0.95, draws: int = 10_000, seed: int = 0
 ) -> Interval:
-    """Interval of mean(b) - mean(a), for per-problem values of the same N problems."""
+    """Interval of mean(b) - mean(a), for per-problem values in [0, 1] of the same N problems.
+
+    Where all N differences are equal a bootstrap knows no doubt; the share of problems that could still differ is then
+    bounded by the exact interval of 0 of N.
+    """
     differences_N = np.asarray(b, dtype=np.float64) - np.asarray(a, dtype=np.float64)
+    if np.ptp(differences_N) == 0:
+        middle, half = float(differences_N[0]), exact(0, len(differences_N), confidence).high
+        return Interval(max(-1.0, middle - half), min(1.0, middle + half))
     return bootstrap(differences_N, confidence, draws, seed)[0]
 
 
