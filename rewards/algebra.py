@@ -35,3 +35,14 @@ def equal(gold: str, answer: str, float_rounding: int) -> bool:
         return verify(_parse(g), _parse(a), float_rounding=float_rounding, timeout_seconds=None)
 
     return bool(compare(gold, answer, leaf, float_rounding))
+
+
+def plain_equal(gold: str, answer: str, float_rounding: int) -> bool:
+    """What math-verify says by itself about two answers as they were written: a second opinion for the audit."""
+    reference = gold if "$" in gold else f"${gold}$"
+    return verify(
+        parse(reference, parsing_timeout=None),
+        parse(rf"$\boxed{{{answer}}}$", parsing_timeout=None),
+        float_rounding=float_rounding,
+        timeout_seconds=None,
+    )

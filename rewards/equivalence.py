@@ -146,7 +146,7 @@ def compare(gold: str, answer: str, leaf: Leaf | None = None, float_rounding: in
         # `a + b = 5` answers 5, since it ends by saying so; a reference is taken at its word below.
         answer = split_top(answer, "=")[-1] if is_equation(answer) else answer_value
     elif not is_equation(answer):
-        if not gold_name:
+        if gold_value == gold:
             return False
         gold = gold_value
     if compact(gold) == compact(answer):

@@ -118,7 +118,8 @@ class WorkerPool:
 
         Args:
             requests: What to send; each gets a `timeout` key.
-            timeout: Seconds a worker may spend on one request before it is killed.
+            timeout: Seconds a worker may spend on one request before it is killed; after `k` overruns in a batch,
+                `timeout / (1 + k)`.
             batch_timeout: Seconds for all of them, from the moment the first worker is ready.
 
         Returns:
@@ -137,6 +138,7 @@ class WorkerPool:
         waiting = deque(range(len(requests)))
         attempts = [0] * len(requests)
         batch_deadline = float("inf")
+        overruns = 0
         wanted = min(self.size, len(requests))
         try:
             while waiting or any(worker.request is not None for worker in self._workers):
@@ -152,11 +154,14 @@ class WorkerPool:
                         if not worker.ready:
                             raise FuraError(f"A grading worker did not start within {_START_TIMEOUT_S:.0f} s.")
                         self._drop(worker)
+                        overruns += 1
                     elif worker.ready and worker.request is None and waiting:
                         index = waiting.popleft()
                         attempts[index] += 1
                         try:
-                            worker.send(index, {**requests[index], "timeout": timeout}, now + timeout)
+                            # Many overruns mean a collapsed policy: the next ones must not use up the batch.
+                            allowed = timeout / (1 + overruns)
+                            worker.send(index, {**requests[index], "timeout": allowed}, now + allowed)
                         except BrokenPipeError:
                             self._lost(worker, attempts, waiting, replies)
                 self._poll(replies, attempts, waiting, min(batch_deadline, now + 1.0))
@@ -165,6 +170,8 @@ class WorkerPool:
             raise
         for worker in [worker for worker in self._workers if worker.request is not None]:
             self._drop(worker)
+        while len(self._workers) < wanted:  # replacements start now, to be ready for the next batch
+            self._workers.append(_Worker(self.memory_limit))
         return replies
 
     def _poll(self, replies: list[dict[str, Any]], attempts: list[int], waiting: deque[int], latest: float) -> None:

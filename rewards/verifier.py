@@ -22,9 +22,13 @@ from fura_rl.errors import FuraError
 from .canonical import canonical
 from .equivalence import compare
 from .extraction import Fallback, extract_answer, extract_boxes, extract_reference
-from .limits import MAX_CHARS, too_large
+from .limits import too_large
 from .pool import WorkerPool
 from .structure import is_list
+
+# Longer answers are compared as they are written; of a reference that is a whole solution, the end is read.
+MAX_FORM_CHARS = 2_000
+MAX_REFERENCE_CHARS = 20_000
 
 Reason = Literal["correct", "wrong", "no_answer", "timeout", "error"]
 
@@ -131,7 +135,7 @@ class MathVerifier:
             boxes = extract_boxes(completion)
             # Only where the reference lists several values may several boxes form one answer; where it is a single
             # value, `\boxed{3} or \boxed{5}` answers 5.
-            if len(boxes) > 1 and self._reference(answer)[1] and not is_list(canonical(boxes[-1][:MAX_CHARS])):
+            if len(boxes) > 1 and self._reference(answer)[1] and not is_list(canonical(boxes[-1][:MAX_FORM_CHARS])):
                 return ", ".join(boxes)
         return extract_answer(completion, self.fallback)
 
@@ -162,11 +166,9 @@ class MathVerifier:
                 verdicts[pair] = outcome
         # Short answers first: what the batch deadline cuts off is what is likely to be degenerate.
         ordered = sorted(open_pairs, key=lambda pair: len(pair[1]))
-        if ordered:
-            budget = self.batch_timeout or self.timeout + 0.1 * -(-len(ordered) // self.workers)
-            replies = self._pool.run([open_pairs[pair] for pair in ordered], self.timeout, budget)
-            for pair, reply in zip(ordered, replies, strict=True):
-                verdicts[pair] = self._store(pair, reply)
+        replies = self._run([open_pairs[pair] for pair in ordered])
+        for pair, reply in zip(ordered, replies, strict=True):
+            verdicts[pair] = self._store(pair, reply)
         self.last_batch = {
             "seconds": time.monotonic() - started,
             "cache_hits": hits / len(pairs) if pairs else 0.0,
@@ -174,10 +176,29 @@ class MathVerifier:
         }
         return [Grade(verdicts[pair].correct, pair[1], verdicts[pair].reason) for pair in pairs]
 
+    def exact(self, extracted: str, answer: str) -> bool | None:
+        """The verdict of the exact path alone; None where algebra would be asked."""
+        outcome = self._exact(answer, extracted)
+        return outcome.correct if isinstance(outcome, Grade) else None
+
+    def second_opinions(self, extracted: Sequence[str], answers: Sequence[str]) -> list[bool | None]:
+        """What math-verify by itself, with its defaults, says of each pair; None if it cannot tell in time."""
+        requests = [
+            {"gold": answer, "answer": given, "float_rounding": self.float_rounding, "plain": True}
+            for given, answer in zip(extracted, answers, strict=True)
+        ]
+        return [reply.get("equal") for reply in self._run(requests)]
+
+    def _run(self, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        if not requests:
+            return []
+        budget = self.batch_timeout or self.timeout + 0.1 * -(-len(requests) // self.workers)
+        return self._pool.run(requests, self.timeout, budget)
+
     def _reference(self, answer: str) -> tuple[str, bool]:
         """The canonical form of a reference answer, and whether it lists several values."""
-        parts = extract_reference(answer[-20_000:])
-        form = canonical(", ".join(parts)[:MAX_CHARS])
+        parts = extract_reference(answer[-MAX_REFERENCE_CHARS:])
+        form = canonical(", ".join(parts)[:MAX_FORM_CHARS])
         return form, len(parts) > 1 or is_list(form)
 
     def _exact(self, answer: str, given: str) -> Grade | dict[str, Any]:
@@ -186,7 +207,7 @@ class MathVerifier:
             return Grade(None, given, "error")
         if given.strip() == answer.strip():
             return _VERDICT[True]
-        if len(given) > 4 * MAX_CHARS:
+        if len(given) > MAX_FORM_CHARS:
             return _VERDICT[False]
         gold, form = self._reference(answer)[0], canonical(given)
         if gold == form:

@@ -5,6 +5,7 @@ Run by file path (`python -P worker.py PARENT_PID MEMORY_MIB`), so that it impor
 
 Messages are JSON behind a length of four bytes (big-endian), in both directions. The first one out says the worker is
 ready; then each request `{"gold", "answer", "float_rounding", "timeout"}` gets `{"equal": bool}` or `{"error": str}`.
+With `"plain": true` math-verify is asked alone.
 """
 
 from __future__ import annotations
@@ -74,16 +75,17 @@ def main() -> None:
     package = types.ModuleType("_verifier")
     package.__path__ = [str(Path(__file__).parent)]
     sys.modules["_verifier"] = package
-    equal = importlib.import_module("_verifier.algebra").equal
+    algebra = importlib.import_module("_verifier.algebra")
 
-    equal(r"\frac{2 x}{4}", r"0.5 x", 6)  # builds the parser's tables before the first deadline runs
+    algebra.equal(r"\frac{2 x}{4}", r"0.5 x", 6)  # builds the parser's tables before the first deadline runs
     _write(replies, {"ready": os.getpid()})
     while True:
         (size,) = _HEADER.unpack(_read(requests, _HEADER.size, parent))
         request = json.loads(_read(requests, size, parent))
         signal.setitimer(signal.ITIMER_REAL, request["timeout"] + _ALARM_GRACE_S)
         try:
-            reply = {"equal": equal(request["gold"], request["answer"], request["float_rounding"])}
+            judge = algebra.plain_equal if request.get("plain") else algebra.equal
+            reply = {"equal": judge(request["gold"], request["answer"], request["float_rounding"])}
         except MemoryError:
             # The heap may be left in any state: report, and let the parent start a fresh process.
             _write(replies, {"error": "memory"})
