@@ -1,6 +1,7 @@
 """FuRA as a method of PEFT: configuration, layers, model. Importing this package registers it."""
 
-from .config import AdapterError, FuraConfig
+from .config import FuraConfig
+from .errors import AdapterError
 from .layer import FuraLayer
 from .model import FuraModel
 from .registration import register_fura

@@ -1,12 +1,15 @@
 """`FuraBlocks`: the tensors of one adapter on one layer, and their `D`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 
-from .config import Basis, Side, SingularValues
-from .transform import block_delta, compose_deltas
+from .basis import block_basis, random_basis
+from .config import Basis, FuraConfig, Side, SingularValues
+from .errors import AdapterError
+from .fingerprint import SAMPLES
+from .transform import block_delta, compose_deltas, merge_input_side, merge_output_side
 
 
 class FuraBlocks(nn.Module):
@@ -20,10 +23,11 @@ class FuraBlocks(nn.Module):
         bias: the trained difference of the layer's bias (out), starts at zero; None unless biases are trained.
         basis: V (n, b, b), a buffer; None for the identity. On the output side the left singular vectors.
         sigma: singular values (n, b), a buffer; None for bases other than "svd".
-        fold: the difference of the multiplier folded away by `refresh` (n, b, b), a buffer; None before the first one.
+        fold: the difference of the multiplier folded away by `refresh` (n, b, b), a buffer; None before the first.
+        base_sample: a few entries of the base weight, a buffer, by which an adapter recognises its base; or None.
 
-    Parameters and buffers keep float32 (or more) whatever dtype the surrounding model is cast to: a change of `D` of
-    bf16's size would be lost in bf16.
+    Parameters and buffers keep float32 (or more) whatever dtype the surrounding model is cast to: a step of training
+    is below the resolution of bf16.
     """
 
     def __init__(
@@ -54,9 +58,11 @@ class FuraBlocks(nn.Module):
         self.basis: torch.Tensor | None
         self.sigma: torch.Tensor | None
         self.fold: torch.Tensor | None
+        self.base_sample: torch.Tensor | None
         self.register_buffer("basis", None if basis == "identity" else torch.empty_like(self.core.data))
         self.register_buffer("sigma", torch.empty_like(self.core.data[:, 0]) if basis == "svd" else None)
         self.register_buffer("fold", None)
+        self.register_buffer("base_sample", self.core.data.new_empty(SAMPLES))
 
     @property
     def num_blocks(self) -> int:
@@ -66,15 +72,86 @@ class FuraBlocks(nn.Module):
     def block_size(self) -> int:
         return self.core.shape[1]
 
+    @property
+    def geometry(self) -> tuple[str, str, int]:
+        """Adapters that agree in this can share a basis."""
+        return self.side, self.basis_kind, self.block_size
+
     def forward(self) -> torch.Tensor:
         """`D` (n, b, b) in float32 (float64 for a float64 base), differentiable."""
+        # On the output side M = R diag(s) P is the transpose of the input side's P diag(s) R.
         with torch.autocast(self.core.device.type, enabled=False):
             core = self.core if self.side == "input" else self.core.mT
             delta = block_delta(self.basis, self.sigma, core, self.scale, merged=self.singular_values == "merged")
-            if self.fold is not None:  # on the transposed problem of the output side the order is the same
-                fold = self.fold if self.side == "input" else self.fold.mT
-                delta = compose_deltas(fold, delta)
-            return delta if self.side == "input" else delta.mT
+            if self.side == "output":
+                delta = delta.mT
+            if self.fold is None:
+                return delta
+            first, then = (self.fold, delta) if self.side == "input" else (delta, self.fold)
+            return compose_deltas(first, then)
+
+    def multiply(self, weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        """`W (I + D)` or `(I + D) W` of `weight` (out, in), as a new tensor of its dtype."""
+        return (merge_input_side if self.side == "input" else merge_output_side)(weight, delta)
+
+    @torch.no_grad()
+    def set_basis(self, weight: torch.Tensor | None) -> int:
+        """Takes the basis of the blocks of `weight` (out, in); returns how many singular values had to be floored.
+
+        A basis that does not depend on the weight is drawn without it.
+        """
+        if self.basis is None:
+            return 0
+        if self.sigma is None or weight is None:
+            self.basis.copy_(random_basis(self.num_blocks, self.block_size, self.basis.device))
+            return 0
+        basis, sigma, floored = block_basis(weight if self.side == "input" else weight.T, self.block_size)
+        self.basis.copy_(basis)
+        self.sigma.copy_(sigma)
+        return floored
+
+    def copy_basis(self, other: "FuraBlocks") -> None:
+        """Takes the basis of blocks of the same geometry."""
+        for name in ("basis", "sigma"):
+            if getattr(self, name) is not None:
+                getattr(self, name).copy_(getattr(other, name))
+
+    @classmethod
+    def from_tensors(cls, config: FuraConfig, tensors: Mapping[str, torch.Tensor]) -> "FuraBlocks":
+        """The blocks that an adapter's file describes, without its base weight."""
+        num_blocks, block_size, _ = tensors["core"].shape
+        blocks = cls(
+            num_blocks,
+            block_size,
+            side=config.side,
+            singular_values=config.singular_values,
+            basis=config.basis,
+            bias_features=len(tensors["bias"]) if "bias" in tensors else None,
+        )
+        blocks.fold = tensors.get("fold")
+        blocks.load_state_dict(dict(tensors), strict=False)
+        return blocks
+
+    @torch.no_grad()
+    def refresh(self, weight: torch.Tensor) -> None:
+        """Folds `D` away and starts again from zero in the basis of the merged weight. `D` itself is unchanged.
+
+        Args:
+            weight: the base weight (out, in).
+
+        Raises:
+            AdapterError: if the basis does not depend on the weight.
+        """
+        if self.basis_kind != "svd":
+            raise AdapterError(
+                f'a basis of kind "{self.basis_kind}" does not depend on the weight: nothing to refresh.'
+            )
+        delta = self()
+        self.set_basis(self.multiply(weight.to(delta.dtype), delta))
+        self.fold = delta
+        self.core.zero_()
+        if self.scale is not None:
+            self.scale.zero_()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         def keep_precision(tensor: torch.Tensor) -> torch.Tensor:

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from peft.config import PeftConfig
-from peft.utils import PeftType
 
-from ..errors import FuraError
-from .registration import extend_peft_type
-
-extend_peft_type("FURA")
+from .errors import AdapterError
+from .files import check_adapter_file
+from .registration import fura_peft_type
 
 Side = Literal["input", "output"]
 SingularValues = Literal["trainable", "frozen", "merged"]
 Basis = Literal["svd", "identity", "random"]
 BlockRule = Literal["closest", "head", "full"]
 SavedForm = Literal["full", "delta", "compact"]
-
-
-class AdapterError(FuraError, ValueError):
-    """A mistake in how an adapter is configured, built, loaded or merged."""
 
 
 @dataclass
@@ -87,7 +81,7 @@ class FuraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType["FURA"]
+        self.peft_type = fura_peft_type()
         for name, choices in {"side": Side, "singular_values": SingularValues, "basis": Basis}.items():
             if getattr(self, name) not in get_args(choices):
                 raise AdapterError(
@@ -104,6 +98,17 @@ class FuraConfig(PeftConfig):
             raise AdapterError("FuraConfig: layers_to_transform needs target_modules to be a list, not a string.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise AdapterError("FuraConfig: layers_pattern needs layers_to_transform.")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """As PEFT's, after a look at the weights beside the configuration.
+
+        Raises:
+            AdapterError: if the weights are pickled, truncated or no safetensors file. PEFT reads an adapter's
+                configuration before its weights, so a pickle is refused before it is opened.
+        """
+        check_adapter_file(str(pretrained_model_name_or_path), subfolder)
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
 
 def check_block_rule(rule: int | str) -> None:

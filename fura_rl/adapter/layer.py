@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any, cast
 
 import torch
-from accelerate.hooks import AlignDevicesHook
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from peft.utils.integrations import gather_params_ctx
-from peft.utils.quantization_utils import resolve_quantization_backend
+from peft.utils.quantization_utils import (
+    ForwardOnlyQuantizationBackend,
+    quantization_extra_repr,
+    resolve_quantization_backend,
+)
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from .basis import block_basis, fit_block_size, random_basis, resolve_block_size
+from .base_weight import BaseSnapshot, is_transposed, reading_weight
+from .basis import fit_block_size, resolve_block_size
 from .blocks import FuraBlocks
-from .config import AdapterError, FuraConfig
-from .snapshot import BaseSnapshot
-from .transform import block_transform, merge_input_side, merge_output_side
+from .config import FuraConfig
+from .fingerprint import sample_entries
+from .transform import block_transform
 
 logger = logging.getLogger(__name__)
 
@@ -54,21 +56,17 @@ class FuraLayer(nn.Module, BaseTunerLayer):
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.name = name
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization_kwargs)
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        in_features, out_features = _get_in_out_features(self.get_base_layer())
+        self.in_features, self.out_features = int(in_features or 0), int(out_features or 0)
         self.fura_blocks = nn.ModuleDict({})
         self.block_size: dict[str, int] = {}
         self.merged_adapters: list[str] = []
         self._snapshot: BaseSnapshot | None = None  # of the unmerged base layer, while adapters are merged
         self._disable_adapters = False
         self._active_adapter = adapter_name
-        self.name = name
         self.update_layer(adapter_name, config, block_rule=block_rule, head_dim=head_dim)
-
-    @property
-    def transposed(self) -> bool:
-        """Whether the base layer stores its weight as (in, out), as GPT-2's `Conv1D` does."""
-        return isinstance(self.get_base_layer(), Conv1D)
 
     # -- building ---------------------------------------------------------------------------------------------------
 
@@ -86,20 +84,14 @@ class FuraLayer(nn.Module, BaseTunerLayer):
             AdapterError: if the block size does not divide the layer's width, or the weight cannot be read.
         """
         base = self.get_base_layer()
-        width, other = (self.in_features, self.out_features)
+        width, other = self.in_features, self.out_features
         if config.side == "output":
             width, other = other, width
         wanted = resolve_block_size(block_rule, width, head_dim)
         block_size = fit_block_size(wanted, width, other)
         if block_size != wanted:
-            logger.info(
-                "%s: block size %d does not fit a %dx%d weight, shrunk to %d.",
-                self.name,
-                wanted,
-                self.out_features,
-                self.in_features,
-                block_size,
-            )
+            shape = f"{self.out_features} x {self.in_features}"
+            logger.info("%s: blocks of %d do not fit a %s weight; using %d.", self.name, wanted, shape, block_size)
         device, base_dtype = self._get_base_layer_device_and_dtype(base)
         blocks = FuraBlocks(
             width // block_size,
@@ -112,76 +104,60 @@ class FuraLayer(nn.Module, BaseTunerLayer):
             dtype=torch.float64 if base_dtype == torch.float64 else torch.float32,
         )
         if not blocks.core.is_meta:
-            self._fill_basis(blocks)
+            self._init_basis(blocks)
             if not config.init_weights:
                 nn.init.normal_(blocks.core, std=INIT_NOISE)
         self.fura_blocks[adapter_name] = blocks
         self.block_size[adapter_name] = block_size
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    @torch.no_grad()
-    def _fill_basis(self, blocks: FuraBlocks) -> None:
-        """Sets the basis of `blocks`: the one of an adapter of the same geometry if there is one, else a new one."""
-        if blocks.basis is None:
+    def _init_basis(self, blocks: FuraBlocks) -> None:
+        """Takes over the basis of an adapter of the same geometry if there is one: any basis of `W` will do, and TRL
+        copies an adapter to a second one by its parameters alone, which then must mean the same."""
+        blocks.base_sample = self.sample_base()
+        for twin in self.named_blocks(self.fura_blocks):
+            if twin.geometry == blocks.geometry and twin.fold is None and not twin.core.is_meta:
+                return blocks.copy_basis(twin)
+        if blocks.sigma is None:
+            blocks.set_basis(None)
             return
-        n, b = blocks.num_blocks, blocks.block_size
-        if blocks.basis_kind == "random":
-            blocks.basis.copy_(random_basis(n, b, blocks.basis.device))
-            return
-        assert blocks.sigma is not None
-        for twin in self.fura_blocks.values():
-            same = (twin.side, twin.basis_kind, twin.block_size) == (blocks.side, blocks.basis_kind, b)
-            if same and twin.fold is None and not twin.core.is_meta:
-                blocks.basis.copy_(twin.basis)
-                blocks.sigma.copy_(twin.sigma)
-                return
-        with self._weight() as weight:
-            basis, sigma, floored = block_basis(weight if blocks.side == "input" else weight.mT, b)
+        with self.reading_weight() as weight:
+            floored = blocks.set_basis(weight)
         if floored:
             logger.info(
-                "%s: %d of %d directions carry (almost) no weight; their singular values were raised to the floor.",
+                "%s: %d of %d directions carry (almost) no weight; their singular values were raised to a floor.",
                 self.name,
                 floored,
-                n * b,
+                blocks.num_blocks * blocks.block_size,
             )
-        blocks.basis.copy_(basis)
-        blocks.sigma.copy_(sigma)
 
-    @property
-    def _unmerged_base(self) -> Any:
-        """The base layer, or while adapters are merged a view of what it was before."""
-        return self.get_base_layer() if self._snapshot is None else self._snapshot.view
+    def sample_base(self) -> torch.Tensor | None:
+        """A few entries of the unmerged base weight; None if it is on the meta device or cannot be dequantised."""
+        if isinstance(self.quantization_backend, ForwardOnlyQuantizationBackend):
+            return None
+        with self.reading_weight() as weight:
+            return None if weight.is_meta else sample_entries(weight)
 
-    @contextmanager
-    def _weight(self) -> Iterator[torch.Tensor]:
-        """The unmerged base weight as (out, in), dequantised, gathered under ZeRO-3, loaded if offloaded."""
-        base = self.get_base_layer()
-        hook = getattr(base, "_hf_hook", None)
-        offloaded = isinstance(hook, AlignDevicesHook) and hook.offload
-        if offloaded:
-            hook.pre_forward(base)
-        try:
-            if self.quantization_backend is not None:
-                yield self._dequantised_weight()
-            else:
-                weight = self._unmerged_base.weight
-                with gather_params_ctx(weight, modifier_rank=None):
-                    yield weight.data.T if self.transposed else weight.data
-        finally:
-            if offloaded:
-                hook.post_forward(base, torch.tensor([]))
-
-    def _dequantised_weight(self) -> torch.Tensor:
-        assert self.quantization_backend is not None
-        try:
-            return self.quantization_backend.get_base_weight(self._unmerged_base)
-        except (TypeError, NotImplementedError) as error:
-            raise AdapterError(
-                f"{self.name}: a {self.quantization_backend.backend_name} layer cannot be dequantised, so it has no "
-                'singular vectors and cannot be merged; use basis="identity" or "random", or an unquantised base.'
-            ) from error
+    @torch.no_grad()
+    def refresh_basis(self, adapter_name: str) -> None:
+        """Restarts an adapter from zero in the basis of its merged weight; the layer computes the same as before."""
+        with self.reading_weight() as weight:
+            for blocks in self.named_blocks([adapter_name]):
+                blocks.refresh(weight)
 
     # -- reading ----------------------------------------------------------------------------------------------------
+
+    def named_blocks(self, names: Iterable[str] | None) -> list[FuraBlocks]:
+        """The blocks of the named (None: active) adapters, in this order; names unknown to this layer are skipped."""
+        names = self.active_adapters if names is None else names
+        return [cast(FuraBlocks, self.fura_blocks[name]) for name in names if name in self.fura_blocks]
+
+    def reading_weight(self) -> AbstractContextManager[torch.Tensor]:
+        return reading_weight(self.get_base_layer(), self._snapshot, self.quantization_backend, self.name)
+
+    @property
+    def _unmerged_bias(self) -> torch.Tensor | None:
+        return getattr(self.get_base_layer() if self._snapshot is None else self._snapshot.view, "bias", None)
 
     def delta(self, adapter_name: str) -> torch.Tensor:
         """`D = M - I` (n, b, b) of one adapter in float32, differentiable."""
@@ -201,30 +177,29 @@ class FuraLayer(nn.Module, BaseTunerLayer):
         Returns:
             (rows, in), in the layout of the base layer's own weight ((in, rows) for `Conv1D`).
         """
-        names = self.active_adapters if adapter_names is None else adapter_names
-        blocks = [self.fura_blocks[name] for name in names if name in self.fura_blocks]
-        with self._weight() as weight:
-            # an output-side multiplier mixes rows, so it needs all of them
-            early = rows is not None and all(block.side == "input" for block in blocks)
-            weight = weight[rows] if early else weight
+        blocks = self.named_blocks(adapter_names)
+        # an output-side multiplier mixes rows, so it needs all of them
+        select_first = rows is not None and all(block.side == "input" for block in blocks)
+        with self.reading_weight() as weight:
+            if rows is not None and select_first:
+                weight = weight[rows]
             merged = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=not blocks)
             for block in blocks:
-                merge = merge_input_side if block.side == "input" else merge_output_side
-                merged = merge(merged, block())
-        if rows is not None and not early:
+                merged = block.multiply(merged, block())
+        if rows is not None and not select_first:
             merged = merged[rows]
-        return merged.T.contiguous() if self.transposed else merged
+        return merged.T.contiguous() if is_transposed(self.get_base_layer()) else merged
 
     @torch.no_grad()
     def merged_bias(self, adapter_names: list[str] | None = None) -> torch.Tensor | None:
         """The bias with the trained differences of the adapters added, in float32; None if the layer has no bias."""
-        base_bias = getattr(self._unmerged_base, "bias", None)
+        base_bias = self._unmerged_bias
         if base_bias is None:
             return None
         bias = base_bias.to(torch.promote_types(base_bias.dtype, torch.float32), copy=True)
-        for name in self.active_adapters if adapter_names is None else adapter_names:
-            if name in self.fura_blocks and self.fura_blocks[name].bias is not None:
-                bias += self.fura_blocks[name].bias
+        for block in self.named_blocks(adapter_names):
+            if block.bias is not None:
+                bias += block.bias
         return bias
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
@@ -233,7 +208,7 @@ class FuraLayer(nn.Module, BaseTunerLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """LoRA can approximate the update of the weight, not a trained bias."""
-        return adapter_name not in self.fura_blocks or self.fura_blocks[adapter_name].bias is None
+        return all(block.bias is None for block in self.named_blocks([adapter_name]))
 
     # -- merging ----------------------------------------------------------------------------------------------------
 
@@ -252,16 +227,16 @@ class FuraLayer(nn.Module, BaseTunerLayer):
         if safe_merge and not torch.isfinite(weight).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
         snapshot = self._snapshot or BaseSnapshot(self)
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         if self.quantization_backend is None:
-            # a new parameter, not new data: a tied weight elsewhere keeps its values
+            # a new parameter, not new data: a weight tied to this one keeps its values
             base.weight = nn.Parameter(weight.to(base.weight.dtype), requires_grad=False)
         else:
-            with self._weight() as unmerged:
+            with self.reading_weight() as unmerged:
                 dtype = unmerged.dtype
             self.set_base_weight(weight.to(dtype))
             base = self.get_base_layer()
-        if bias is not None and any(self.fura_blocks[name].bias is not None for name in all_names):
+        if bias is not None and any(block.bias is not None for block in self.named_blocks(all_names)):
             base.bias = nn.Parameter(bias.to(base.bias.dtype), requires_grad=False)
         self._snapshot = snapshot
         self.merged_adapters = all_names
@@ -296,8 +271,19 @@ class FuraLayer(nn.Module, BaseTunerLayer):
         device = x.device.type
         if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))  # the base layer would do it; so M acts on what W sees
-        y = self.base_layer(self._multiply(x, "input", adapter_names), *args, **kwargs)
-        return self._multiply(y, "output", adapter_names)
+        if adapter_names is None:
+            x = self._multiply_input(x, None)
+            return self._multiply_output(self.base_layer(x, *args, **kwargs), None)
+        groups = {
+            name: torch.tensor([i for i, wanted in enumerate(adapter_names) if wanted == name], device=x.device)
+            for name in sorted(set(adapter_names) & set(self.fura_blocks))
+        }
+        for name, rows in groups.items():
+            x = x.index_copy(0, rows, self._multiply_input(x[rows], [name]))
+        y = self.base_layer(x, *args, **kwargs)
+        for name, rows in groups.items():
+            y = y.index_copy(0, rows, self._multiply_output(y[rows], [name]))
+        return y
 
     def _check_adapter_names(self, x: torch.Tensor, adapter_names: list[str]) -> None:
         if len(x) != len(adapter_names):
@@ -310,34 +296,29 @@ class FuraLayer(nn.Module, BaseTunerLayer):
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
 
-    def _multiply(self, x: torch.Tensor, side: str, adapter_names: list[str] | None) -> torch.Tensor:
-        """Applies the blocks of one side, and the trained biases after the output side."""
-        if adapter_names is None:
-            return self._multiply_rows(x, side, self.active_adapters)
-        for name in sorted(set(adapter_names) & set(self.fura_blocks)):
-            rows = torch.tensor([i for i, wanted in enumerate(adapter_names) if wanted == name], device=x.device)
-            x = x.index_copy(0, rows, self._multiply_rows(x[rows], side, [name]))
+    def _multiply_input(self, x: torch.Tensor, names: list[str] | None) -> torch.Tensor:
+        for blocks in reversed(self.named_blocks(names)):  # W M_a M_b x: what is merged last acts first
+            if blocks.side == "input":
+                x = block_transform(x, blocks())
         return x
 
-    def _multiply_rows(self, x: torch.Tensor, side: str, names: list[str]) -> torch.Tensor:
-        active = [self.fura_blocks[name] for name in names if name in self.fura_blocks]
-        if side == "input":
-            for blocks in reversed(active):  # W M_a M_b x: the adapter that is merged last acts first
-                if blocks.side == "input":
-                    x = block_transform(x, blocks())
-            return x
-        base_bias = self.bias
-        for blocks in active:
+    def _multiply_output(self, y: torch.Tensor, names: list[str] | None) -> torch.Tensor:
+        """Applies output-side blocks to `y = W x + bias`, of which they multiply `W x` only, then trained biases."""
+        all_blocks = self.named_blocks(names)
+        bias = getattr(self.get_base_layer(), "bias", None)
+        for blocks in all_blocks:
             if blocks.side == "output":
                 delta = blocks()
-                x = block_transform(x, delta)
-                if base_bias is not None:  # M multiplies W x only: take M's share of the bias out again
-                    shift = delta @ base_bias.to(delta.dtype).view(blocks.num_blocks, blocks.block_size, 1)
-                    x = x - shift.flatten().to(x.dtype)
-        for blocks in active:
+                y = block_transform(y, delta)
+                if bias is not None:
+                    surplus = delta @ bias.to(delta.dtype).view(blocks.num_blocks, blocks.block_size, 1)
+                    y = y - surplus.flatten().to(y.dtype)
+        for blocks in all_blocks:
             if blocks.bias is not None:
-                x = x + blocks.bias.to(x.dtype)
-        return x
+                y = y + blocks.bias.to(y.dtype)
+        return y
+
+    extra_repr = quantization_extra_repr
 
     def __repr__(self) -> str:
         return "fura." + super().__repr__()

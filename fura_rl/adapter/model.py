@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
+import torch
+from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from .combination import check_combinable, combine
 from .config import FuraConfig
+from .errors import AdapterError
 from .layer import FuraLayer
+from .loading import prepare_tensors
 
 # Projections of an attention block by which side of them consists of heads.
 HEADS_IN = {"o_proj", "out_proj", "c_proj", "dense", "wo", "o"}
@@ -47,7 +54,7 @@ class FuraModel(BaseTuner):
 
     prefix: str = "fura_"
     tuner_layer_cls = FuraLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's, with a progress bar where reading the bases takes more than two seconds."""
@@ -57,26 +64,24 @@ class FuraModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        fura_config: FuraConfig,
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **optional_kwargs: Any,
+        parameter_name: str | None = None,
     ) -> None:
+        fura_config = cast(FuraConfig, peft_config)
         head_dim = _head_dim(fura_config.side, parent, target_name)
         block_rule = fura_config.block_size
         if isinstance(block_rule, dict):
-            block_rule = block_rule.get(get_pattern_key(block_rule, current_key), "closest")
+            block_rule = block_rule.get(get_pattern_key(list(block_rule), current_key), "closest")
         if isinstance(target, FuraLayer):
             target.update_layer(adapter_name, fura_config, block_rule=block_rule, head_dim=head_dim)
         else:
-            if not isinstance(target, nn.Linear | Conv1D) and resolve_quantization_backend(target) is None:
-                raise TypeError(
-                    f"Target module {target} ({current_key}) is not supported. FuRA multiplies linear layers: "
-                    "`torch.nn.Linear`, `transformers.pytorch_utils.Conv1D` or a quantised linear layer."
-                )
+            quantization_kwargs = get_quantization_kwargs(self)
+            _check_supported(target, current_key, quantization_kwargs)
             new_module = FuraLayer(
                 target,
                 adapter_name,
@@ -84,12 +89,83 @@ class FuraModel(BaseTuner):
                 block_rule=block_rule,
                 head_dim=head_dim,
                 name=current_key,
-                **get_quantization_kwargs(self),
+                **quantization_kwargs,
             )
             if adapter_name not in self.active_adapters:
                 new_module.requires_grad_(False)  # an additional adapter is not trained until it is activated
             self._replace_module(parent, target_name, new_module, target)
         self._progress.update()
+
+    def _check_new_adapter_config(self, config: PeftConfig) -> None:
+        super()._check_new_adapter_config(config)
+        if cast(FuraConfig, config).saved_form == "delta" and not config.inference_mode:
+            raise AdapterError(
+                "this adapter was saved as its multiplier alone, without the basis it was trained in: it can be served "
+                "and merged, not trained further. Load the full form to go on training."
+            )
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        checked = prepare_tensors(model, adapter_name, state_dict)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, checked)
+
+    def fura_layers(self) -> list[FuraLayer]:
+        """All adapted layers, in the model's order."""
+        return [module for module in self.model.modules() if isinstance(module, FuraLayer)]
+
+    def refresh_basis(self, adapter_name: str | None = None) -> list[nn.Parameter]:
+        """Folds an adapter into a new basis: that of the blocks of its merged weight. The model computes the same.
+
+        The answer to a basis that training has left behind. Trained tensors start from zero again.
+
+        Args:
+            adapter_name: the active adapter if None.
+
+        Returns:
+            The parameters that were reset: an optimiser's state of these is void (`optimizer.state.pop(p, None)`).
+
+        Raises:
+            AdapterError: if the adapter's basis does not depend on the weight, or several are active.
+        """
+        if adapter_name is None:
+            if len(self.active_adapters) != 1:
+                raise AdapterError(f"refresh_basis: name one of the active adapters {self.active_adapters}.")
+            (adapter_name,) = self.active_adapters
+        reset: list[nn.Parameter] = []
+        for layer in self.fura_layers():
+            layer.refresh_basis(adapter_name)
+            for blocks in layer.named_blocks([adapter_name]):
+                reset += [blocks.core] if blocks.scale is None else [blocks.core, blocks.scale]
+        return reset
+
+    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+        """Adds the linear combination of adapters: `W' - W` of the new one is the weighted sum of theirs.
+
+        It starts from that sum in a basis of its own merged weight, and can be trained further.
+
+        Args:
+            adapters: names of adapters with the same side, blocks and layers.
+            weights: one factor each, of any sign.
+            adapter_name: of the new adapter, which is not activated.
+
+        Raises:
+            AdapterError: if the adapters differ in side, block size, basis or layers, or a name is unknown or taken.
+        """
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if unknown or adapter_name in self.peft_config or not adapters or len(adapters) != len(weights):
+            raise AdapterError(
+                f"add_weighted_adapter: cannot make {adapter_name!r} of {adapters} with weights {weights}: names must "
+                "be of existing adapters (the new one unused), one weight each."
+            )
+        check_combinable(self.fura_layers(), adapters)
+        config = copy.deepcopy(cast(FuraConfig, self.peft_config[adapters[0]]))
+        config.init_weights = True
+        self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        for layer in self.fura_layers():
+            combine(layer, adapters, weights, adapter_name)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -100,17 +176,22 @@ class FuraModel(BaseTuner):
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        layers = [module for module in self.modules() if isinstance(module, FuraLayer)]
-        known = {"__base__"}.union(*(layer.fura_blocks.keys() for layer in layers))
+        known = {"__base__"}.union(*(layer.fura_blocks.keys() for layer in self.fura_layers()))
         unknown = sorted(set(adapter_names) - known)
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
         num_beams = kwargs.get("num_beams")
         if isinstance(num_beams, int) and num_beams > 1:  # beam search repeats each row
-            adapter_names = [name for name in adapter_names for _ in range(num_beams)]
-        hook = partial(_pass_adapter_names, adapter_names=list(adapter_names))
+            expanded = [name for name in adapter_names for _ in range(num_beams)]
+            encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
+            encoded = set() if encoder is None or encoder is self.model else set(encoder.modules())  # before the repeat
+        else:
+            expanded, encoded = list(adapter_names), set()
         handles = [
-            module.register_forward_pre_hook(hook, with_kwargs=True)
+            module.register_forward_pre_hook(
+                partial(_pass_adapter_names, adapter_names=list(adapter_names) if module in encoded else expanded),
+                with_kwargs=True,
+            )
             for module in self.modules()
             if isinstance(module, FuraLayer | AuxiliaryTrainingWrapper)
         ]
@@ -119,6 +200,28 @@ class FuraModel(BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _check_supported(target: nn.Module, key: str, quantization_kwargs: dict[str, Any]) -> None:
+    """Raises TypeError, as PEFT's own methods do, unless `target` is a linear layer whose forward is called."""
+    if isinstance(target, NonDynamicallyQuantizableLinear):
+        raise TypeError(
+            f"Target module {key} belongs to `torch.nn.MultiheadAttention`, which reads its weight without calling it: "
+            "an adapter on it would do nothing. Leave it out with `exclude_modules`."
+        )
+    if isinstance(target, nn.Embedding):
+        raise TypeError(
+            f"Target module {key} is an embedding: FuRA multiplies linear layers. Train embeddings in full with "
+            "`modules_to_save` instead."
+        )
+    if (
+        not isinstance(target, nn.Linear | Conv1D)
+        and resolve_quantization_backend(target, **quantization_kwargs) is None
+    ):
+        raise TypeError(
+            f"Target module {target} ({key}) is not supported. FuRA multiplies linear layers: `torch.nn.Linear`, "
+            "`transformers.pytorch_utils.Conv1D` or a quantised linear layer."
+        )
 
 
 def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:

@@ -4,28 +4,17 @@ PEFT, transformers and TRL look methods up by a member of the enum `PeftType` an
 will not do: the enum has to grow a real member.
 """
 
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType, register_peft_method
 
 from ..errors import FuraError
+from .enum_member import extend_str_enum
 
 
-def extend_peft_type(name: str) -> PeftType:
-    """Returns the member `name` of PEFT's enum, which is created if it does not exist.
-
-    A member built here behaves as one from PEFT's source: it pickles, deep-copies, compares with its string and shows
-    up in iteration.
-    """
-    if name in PeftType.__members__:
-        return PeftType[name]
-    member = str.__new__(PeftType, name)
-    member._name_ = name
-    member._value_ = name
-    member.__objclass__ = PeftType
-    member._sort_order_ = len(PeftType._member_names_)
-    type.__setattr__(PeftType, name, member)  # EnumType forbids the plain assignment
-    PeftType._member_names_.append(name)
-    PeftType._member_map_[name] = member
-    PeftType._value2member_map_[name] = member
+def fura_peft_type() -> PeftType:
+    """The member `PeftType.FURA`."""
+    member = extend_str_enum(PeftType, "FURA")
+    assert isinstance(member, PeftType)
     return member
 
 
@@ -35,9 +24,7 @@ def register_fura(config_cls: type, model_cls: type) -> None:
     Raises:
         FuraError: if another package (or a later PEFT) has registered a FuRA of its own.
     """
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
-    registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType["FURA"])
+    registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(fura_peft_type())
     if registered is config_cls:
         return
     if registered is not None:

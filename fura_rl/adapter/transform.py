@@ -1,7 +1,7 @@
 """The arithmetic of FuRA as pure functions of tensors.
 
-Everything works on the difference `D = M - I` of the block multiplier `M` (n, b, b): near the start `M` is close to `I`,
-where bf16 resolves only 2^-8, while `D` keeps its digits and is exactly zero at the start.
+Everything works on the difference `D = M - I` of the block multiplier `M` (n, b, b): near the start `M` is close to
+`I`, where bf16 resolves only 2^-8, while `D` keeps its digits and is exactly zero at the start.
 
 Shapes: n blocks, b block size, K = n * b features of the adapted side, `*` any leading dimensions.
 """

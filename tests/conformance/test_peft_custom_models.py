@@ -1,0 +1,14 @@
+"""PEFT's tests of custom models and of several active adapters, on FuRA."""
+
+import peft_suite
+
+from fura_rl.adapter import FuraConfig
+
+suite = peft_suite.load("test_custom_models")
+suite.TEST_CASES[:] = peft_suite.CUSTOM_MODEL_CASES
+suite.ALL_PEFT_CONFIG_CLASSES[:] = [FuraConfig]
+suite.MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES[:] = peft_suite.TWO_ADAPTER_CASES
+
+TestPeftCustomModel = suite.TestPeftCustomModel
+TestMultipleActiveAdapters = suite.TestMultipleActiveAdapters
+TestRequiresGrad = suite.TestRequiresGrad
