@@ -13,7 +13,7 @@ environment:
 
 demo: environment
 	@$(BIN)/python examples/tiny/problems.py --out runs/demo/data
-	@$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	@$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		fura_rl/train_grpo.py --config configs/demo.yaml
 
 test: environment

@@ -6,9 +6,22 @@ import sys
 
 import typer
 
+from fura_rl.adapter.inspect import info_command
 from fura_rl.errors import FuraError
+from fura_rl.eval.commands import compare_command, eval_command, overlap_command
+from fura_rl.rewards.audit import audit_command
 
-app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="FuRA for reinforcement learning on math: train, evaluate, compare, inspect.",
+)
+
+app.command("eval")(eval_command)
+app.command("compare")(compare_command)
+app.command("overlap")(overlap_command)
+app.command("info")(info_command)
+app.command("audit")(audit_command)
 
 
 @app.command(
@@ -16,7 +29,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_e
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
 )
 def train(context: typer.Context) -> None:
-    """GRPO from a recipe in this process: fura-rl train --config demo.yaml [--option value ...]."""
+    """GRPO from a recipe, in this process: fura-rl train --config demo.yaml [--option value ...]."""
     from fura_rl.train_grpo import main as train_main
 
     raise typer.Exit(train_main(context.args))

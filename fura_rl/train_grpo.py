@@ -39,7 +39,6 @@ from fura_rl.trainer.report import (
     changed_options,
     plot_curves,
     score_table,
-    to_plain,
     versions,
     write_summary,
 )
@@ -132,7 +131,7 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
     options = changed_options(data, model_arguments, adapter_arguments, training)
     main_process = training.process_index == 0
     if main_process:
-        text = yaml.safe_dump(to_plain(options), sort_keys=True, allow_unicode=True)
+        text = yaml.safe_dump(options, sort_keys=True, allow_unicode=True)
         (output / "config.yaml").write_text(text, encoding="utf-8")
         print(f"--- configuration (what differs from the defaults)\n{text}", flush=True)
 

@@ -25,7 +25,7 @@ def benchmark_sampling(args: FuraGRPOConfig, benchmark: str) -> Sampling:
         "n": args.benchmark_samples,
         "seed": args.seed,
     }
-    sampling = PRESETS[args.benchmark_preset].sampling(benchmark)
+    sampling = PRESETS[args.benchmark_preset][benchmark]
     return replace(sampling, **{key: value for key, value in changes.items() if value is not None})
 
 

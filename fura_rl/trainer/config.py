@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from trl import GRPOConfig
@@ -34,7 +33,7 @@ class FuraGRPOConfig(GRPOConfig):
         },
     )
     logging_steps: float = field(default=1, metadata={"help": "Log every this many steps."})
-    report_to: str | list[str] | None = field(
+    report_to: None | str | list[str] = field(  # noqa: RUF036 (the parser reads the type in the middle)
         default="none", metadata={"help": "Trackers to report to, such as trackio, wandb or tensorboard."}
     )
     gradient_checkpointing: bool = field(
@@ -42,7 +41,7 @@ class FuraGRPOConfig(GRPOConfig):
     )
 
     # Rollouts.
-    vllm_engine_kwargs: dict[str, Any] | str | None = field(
+    vllm_engine_kwargs: dict | str | None = field(
         default=None,
         metadata={"help": "Further arguments of vllm.LLM as a dict or JSON, such as {enforce_eager: true}."},
     )

@@ -6,7 +6,8 @@ import importlib.metadata
 import json
 import platform
 from collections import Counter, defaultdict
-from dataclasses import MISSING, fields
+from dataclasses import fields
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,12 @@ def versions() -> dict[str, str]:
 
 
 def changed_options(*groups: Any) -> dict[str, Any]:
-    """The options of some dataclass instances that differ from their defaults, by name."""
+    """The options of some dataclass instances that differ from what an instance without arguments has, by name."""
     changed = {}
     for group in groups:
+        untouched = type(group)()
         for option in fields(group):
-            default = option.default if option.default is not MISSING else None
-            if option.default_factory is not MISSING:
-                default = option.default_factory()
-            value = getattr(group, option.name)
+            value, default = (to_plain(getattr(each, option.name)) for each in (group, untouched))
             if option.init and value != default and not option.name.startswith("_"):
                 changed[option.name] = value
     return changed
@@ -44,6 +43,8 @@ def changed_options(*groups: Any) -> dict[str, Any]:
 
 def to_plain(value: Any) -> Any:
     """A JSON-ready copy: containers are walked, anything unknown becomes its string."""
+    if isinstance(value, Enum):
+        return value.value
     if isinstance(value, dict):
         return {str(key): to_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set)):
