@@ -107,8 +107,10 @@ class FuraConfig(PeftConfig):
             AdapterError: if the weights are pickled, truncated or no safetensors file. PEFT reads an adapter's
                 configuration before its weights, so a pickle is refused before it is opened.
         """
-        check_adapter_file(str(pretrained_model_name_or_path), subfolder)
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if isinstance(config, cls):  # PEFT returns the class that the file asks for
+            check_adapter_file(str(pretrained_model_name_or_path), subfolder, kwargs.get("revision"))
+        return config
 
 
 def check_block_rule(rule: int | str) -> None:

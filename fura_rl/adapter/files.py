@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from .errors import AdapterError
 
 
-def check_adapter_file(folder: str, subfolder: str | None = None) -> None:
+def check_adapter_file(folder: str, subfolder: str | None = None, revision: str | None = None) -> None:
     """Raises AdapterError if the weights in `folder` (or of this Hub repository) are pickled or cannot be read."""
     path = Path(folder, subfolder or "")
     if path.is_dir():
@@ -24,9 +24,9 @@ def check_adapter_file(folder: str, subfolder: str | None = None) -> None:
     else:
         names = [f"{subfolder}/{name}" if subfolder else name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)]
         if constants.HF_HUB_OFFLINE:
-            safe, pickle = (isinstance(try_to_load_from_cache(folder, name), str) for name in names)
+            safe, pickle = (isinstance(try_to_load_from_cache(folder, name, revision=revision), str) for name in names)
         else:
-            safe, pickle = (file_exists(folder, name) for name in names)
+            safe, pickle = (file_exists(folder, name, revision=revision) for name in names)
         pickled = pickle and not safe
     if pickled:
         raise AdapterError(

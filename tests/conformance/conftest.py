@@ -11,15 +11,21 @@ PICKLE = "FuRA refuses pickled weights: adapters are saved and loaded as safeten
 FLOAT32 = "asserts that autocast_adapter_dtype=False rounds the adapter to the base's dtype; FuRA stays in float32"
 
 
-def not_applicable(name: str, parameters: dict) -> str | None:
+def not_applicable(test_class: str, name: str, parameters: dict) -> str | None:
     """Why a case of PEFT's suite does not apply to FuRA, or None."""
     if name in ("test_save_pretrained_pickle", "test_save_pretrained_selected_adapters_pickle"):
         return PICKLE
     if name == "test_add_adapter_no_autocast_adapter_dtype":
         return FLOAT32
+    if name.endswith("mixed_adapter_batches") and test_class in ("TestDecoderModels", "TestEncoderDecoderModels"):
+        return "admits LoRA only; TestMixedBatches runs these tests on FuRA"
     if name == "test_adapter_dtype_autocast":
         return FLOAT32 if not parameters["autocast_adapter_dtype"] and parameters["dtype"] != torch.float32 else None
     return None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "single_gpu_tests: PEFT's own marker")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -30,11 +36,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             kept.append(item)
             continue
         parameters = getattr(getattr(item, "callspec", None), "params", {})
-        if not any(value is FuraConfig or isinstance(value, FuraConfig) for value in parameters.values()):
+        values = [part for value in parameters.values() for part in (value if isinstance(value, tuple) else (value,))]
+        if not any(value is FuraConfig or isinstance(value, FuraConfig) for value in values):
             dropped.append(item)
             continue
         kept.append(item)
-        reason = not_applicable(item.name.split("[")[0], parameters)
+        test_class = item.getparent(pytest.Class)
+        reason = not_applicable(test_class.name if test_class else "", item.name.split("[")[0], parameters)
         if reason is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
     items[:] = kept

@@ -104,6 +104,13 @@ def local(*architectures: str) -> list[str]:
     return [tiny_models.build(architecture, CACHE / "tiny") for architecture in architectures]
 
 
+def saved_lora_config() -> str:
+    """The path of a saved LoRA configuration."""
+    folder = CACHE / "lora"
+    peft.LoraConfig().save_pretrained(str(folder))
+    return str(folder)
+
+
 def reparametrise(test_class: type, old: object, new: object) -> None:
     """Exchanges the values `old` of the parametrised tests of a class, where they are no list to change in place."""
     for function in vars(test_class).values():

@@ -39,6 +39,7 @@ TestQuestionAnsweringModels = token_classifiers.TestQuestionAnsweringModels
 
 configs = peft_suite.load("test_config")
 peft_suite.reparametrise(configs.TestPeftConfig, configs.ALL_CONFIG_CLASSES, [(FuraConfig, {})])
+configs.PEFT_MODELS_TO_TEST[:] = [(peft_suite.saved_lora_config(), None)]  # the tests expect a LoRA configuration
 configs.LAYER_INDEXING_CONFIG_CLASSES[:] = [(FuraConfig, {})]
 TestPeftConfig = configs.TestPeftConfig
 

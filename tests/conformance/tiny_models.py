@@ -2,10 +2,12 @@
 
 import os
 import shutil
+import string
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 import transformers
 from transformers import AutoConfig
@@ -76,3 +78,14 @@ def build(name: str, cache: Path) -> str:
     except OSError:  # a parallel run was faster
         shutil.rmtree(scratch)
     return str(folder)
+
+
+def add_tokenizer(folder: str) -> None:
+    """Puts a tokenizer of single characters beside a checkpoint."""
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    vocabulary = {token: i for i, token in enumerate(special + list(string.printable[: VOCABULARY - len(special)]))}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=32
+    ).save_pretrained(folder)
