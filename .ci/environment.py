@@ -25,8 +25,8 @@ def fail(message):
 
 def pip(*arguments, check=True):
     """Run pip in the environment; its many notes about optional sources are not for users."""
-    command = [PYTHON, "-m", "pip", "--disable-pip-version-check", "-q"] + list(arguments)
-    process = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
+    command = [PYTHON, "-m", "pip", "--disable-pip-version-check", "-q", *arguments]
+    process = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if check and process.returncode:
         fail("pip " + " ".join(arguments) + " failed:\n" + process.stdout)
     return process.returncode == 0
@@ -41,8 +41,9 @@ def install_torch(version):
 
 
 def main():
-    if sys.version_info < (3, 11):
-        fail("fura-rl needs Python 3.11 or newer; this is %s (choose another with PYTHON=...)." % sys.version.split()[0])
+    if sys.version_info < (3, 11):  # noqa: UP036 (this is what says so)
+        found = sys.version.split()[0]
+        fail(f"fura-rl needs Python 3.11 or newer, and this is {found}: choose another with make PYTHON=...")
     kind = "cuda" if shutil.which("nvidia-smi") else "cpu"
     lock = os.path.join(ROOT, "configs", "locks", kind + ".txt")
     with open(lock) as file:
@@ -55,8 +56,8 @@ def main():
                 return
     free = shutil.disk_usage(ROOT).free / 2**30
     if free < NEEDED_GIB[kind]:
-        fail("the environment needs %d GiB of disk, and %.1f GiB are free at %s." % (NEEDED_GIB[kind], free, ROOT))
-    print("installing the pinned %s environment into .venv (a few minutes, once) ..." % kind, flush=True)
+        fail(f"the environment needs {NEEDED_GIB[kind]} GiB of disk, and {free:.1f} GiB are free at {ROOT}.")
+    print(f"installing the pinned {kind} environment into .venv (a few minutes, once) ...", flush=True)
     subprocess.check_call([sys.executable, "-m", "venv", "--clear", VENV])
     if kind == "cpu":
         install_torch(next(line.split("==")[1] for line in pinned.splitlines() if line.startswith("torch==")))

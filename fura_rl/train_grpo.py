@@ -18,6 +18,7 @@ import errno
 import os
 import shutil
 import time
+from dataclasses import asdict
 from typing import Any
 
 import yaml
@@ -73,7 +74,7 @@ def load_model(arguments: ModelArguments, training: FuraGRPOConfig) -> tuple[Pre
     dtype = arguments.dtype
     if dtype == "auto":
         dtype = "bfloat16" if training.device.type == "cuda" else "float32"
-    common = {"revision": arguments.model_revision, "trust_remote_code": training.trust_remote_code}
+    common: dict[str, Any] = {"revision": arguments.model_revision, "trust_remote_code": training.trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **common)
         model = AutoModelForCausalLM.from_pretrained(
@@ -88,18 +89,12 @@ def load_model(arguments: ModelArguments, training: FuraGRPOConfig) -> tuple[Pre
 
 def adapter_config(arguments: AdapterArguments) -> PeftConfig:
     """`FuraConfig` from flat options."""
-    targets: Any = arguments.target_modules
-    if targets == ["all-linear"]:
-        targets = "all-linear"
-    block_size: Any = int(arguments.block_size) if arguments.block_size.isdigit() else arguments.block_size
-    return FuraConfig(
-        task_type="CAUSAL_LM",
-        target_modules=targets,
-        exclude_modules=arguments.exclude_modules,
-        block_size=block_size,
-        side=arguments.side,
-        singular_values=arguments.singular_values,
-    )
+    options: dict[str, Any] = asdict(arguments)
+    if arguments.target_modules == ["all-linear"]:
+        options["target_modules"] = "all-linear"
+    if arguments.block_size.isdigit():
+        options["block_size"] = int(arguments.block_size)
+    return FuraConfig(task_type="CAUSAL_LM", **options)
 
 
 def prepare_output(training: FuraGRPOConfig) -> Path:
@@ -135,6 +130,7 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
         (output / "config.yaml").write_text(text, encoding="utf-8")
         print(f"--- configuration (what differs from the defaults)\n{text}", flush=True)
 
+    assert data.dataset_name is not None  # checked by parse
     problems = load_problems(data.dataset_name, split=data.dataset_train_split, config=data.dataset_config)
     prompt = load_prompt(training.prompt)
     model, tokenizer = load_model(model_arguments, training)

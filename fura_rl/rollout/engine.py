@@ -59,6 +59,8 @@ class FuraVLLMGeneration(VLLMGeneration):
     def __init__(self, *args: Any, engine_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         self.engine_kwargs = engine_kwargs or {}
         self.version = 0
+        self._packed = False  # whether linear weights are repacked at load, as vLLM's CPU build does
+        self._llm_weights_sleeping: bool = False
         super().__init__(*args, **kwargs)
 
     def _init_vllm(self) -> None:

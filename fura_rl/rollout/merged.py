@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -72,7 +72,7 @@ def _merged_layer(
     prefix: str, layer: FuraLayer, dtype: torch.dtype | None, gather: GatherFunction, seen: set[int]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The weight (and bias) of one adapted layer; marks its base parameters as seen."""
-    base = layer.get_base_layer()
+    base: Any = layer.get_base_layer()
     bias = getattr(base, "bias", None)
     parameters = list(layer.parameters())
     seen.update(id(parameter) for parameter in base.parameters())
@@ -83,4 +83,6 @@ def _merged_layer(
         yield checkpoint_name(f"{prefix}base_layer.weight"), weight.to(dtype or own)
         del weight
         if bias is not None:
-            yield checkpoint_name(f"{prefix}base_layer.bias"), layer.merged_bias().to(dtype or bias.dtype)
+            merged_bias = layer.merged_bias()
+            assert merged_bias is not None
+            yield checkpoint_name(f"{prefix}base_layer.bias"), merged_bias.to(dtype or bias.dtype)

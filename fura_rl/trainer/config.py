@@ -92,6 +92,6 @@ class FuraGRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.bf16 is None:
+        if self.bf16 is None:  # type: ignore[has-type]
             self.bf16 = torch.cuda.is_available() and not self.fp16
         super().__post_init__()

@@ -73,6 +73,7 @@ class FuraGRPOTrainer(GRPOTrainer):
             args.use_vllm = False
         if peft_config is None and not isinstance(model, PeftModel):
             peft_config = FuraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+        self._last_loaded_step: int = -1  # TRL sets it where it uses vLLM
         self.clock = PhaseClock()
         self.generated_tokens = 0
         self.evaluations: list[dict[str, Any]] = []
@@ -81,6 +82,7 @@ class FuraGRPOTrainer(GRPOTrainer):
             reward_funcs = load_rewards(
                 args.rewards, verifier=self.verifier, max_completion_length=args.max_completion_length
             )
+        assert not isinstance(args.vllm_engine_kwargs, str)  # the configuration has parsed it
         engine = partial(FuraVLLMGeneration, engine_kwargs=args.vllm_engine_kwargs)
         with patch.object(grpo_trainer, "VLLMGeneration", engine):  # TRL names the class inside its constructor
             super().__init__(

@@ -1,0 +1,121 @@
+"""The real CPU engine samples from the merged policy, after every sync, on a trainer whose weights never move."""
+
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fura_rl.trainer import FuraGRPOConfig, FuraGRPOTrainer
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+MODEL = Path(__file__).parents[2] / "examples" / "tiny" / "model"
+ROWS = [
+    {"prompt": [{"role": "user", "content": f"What is {i} + {i + 3}?"}], "answer": str(2 * i + 3)} for i in range(8)
+]
+
+
+def engine_logprobs(llm, sequences):
+    """Log-probs (natural, float) of tokens 1.. of each sequence, as the engine computes them for a prompt."""
+    from vllm import SamplingParams
+
+    outputs = llm.generate(
+        [{"prompt_token_ids": ids} for ids in sequences],
+        SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0),
+        use_tqdm=False,
+    )
+    return [
+        [entry[token].logprob for token, entry in zip(ids[1:], out.prompt_logprobs[1:], strict=True)]
+        for ids, out in zip(sequences, outputs, strict=True)
+    ]
+
+
+def reference_logprobs(model, sequences):
+    """The same from the merged model in transformers, a separate copy."""
+    merged = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    merged.load_state_dict({k: v for k, v in merged_state(model).items()}, strict=False)
+    merged.tie_weights()
+    logps = []
+    with torch.no_grad():
+        for ids in sequences:
+            logits = merged(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+            logps.append(logits[range(len(ids) - 1), ids[1:]].tolist())
+    return logps
+
+
+def merged_state(model):
+    """PEFT's own dense merge of a copy of the policy: independent of the stream under test."""
+    import copy
+
+    return copy.deepcopy(model).merge_and_unload().state_dict()
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory):
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    args = FuraGRPOConfig(
+        output_dir=str(tmp_path_factory.mktemp("run")), per_device_train_batch_size=8, num_generations=4,
+        max_completion_length=24, max_steps=3, learning_rate=1e-2, vllm_max_model_length=128, max_logp_gap=1e-3,
+        save_strategy="no", disable_tqdm=True, seed=3,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    trainer = FuraGRPOTrainer(model, args=args, train_dataset=Dataset.from_list(ROWS), processing_class=tokenizer)
+    yield trainer
+    trainer.close()
+    del trainer.vllm_generation.llm
+    gc.collect()
+
+
+def test_engine_equals_merged_model_after_random_updates(trainer):
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    adapter = [p for p in policy.parameters() if p.requires_grad]
+    start = [p.detach().clone() for p in adapter]
+    sequences = [trainer.processing_class(f"Sam has {i} apples and {i + 7} pears.").input_ids for i in range(4)]
+    base = {n: p.detach().clone() for n, p in policy.named_parameters() if not p.requires_grad}
+    torch.manual_seed(0)
+    seen = []
+    for version in range(1, 6):
+        with torch.no_grad():
+            for parameter in adapter:
+                parameter.copy_(torch.randn_like(parameter) * 0.02)
+        trainer.vllm_generation.sync_weights()
+        assert trainer.vllm_generation.version == version
+        engine = engine_logprobs(trainer.vllm_generation.llm, sequences)
+        reference = reference_logprobs(policy, sequences)
+        for ours, theirs in zip(engine, reference, strict=True):
+            torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=0, atol=2e-4)
+        seen.append(sum(engine[0]))
+    assert len({round(value, 3) for value in seen}) == 5  # each update really changed the engine
+    for name, parameter in policy.named_parameters():
+        if name in base:
+            assert torch.equal(parameter, base[name]), f"{name} changed"
+    with torch.no_grad():
+        for parameter, value in zip(adapter, start, strict=True):
+            parameter.copy_(value)
+
+
+def test_a_training_run_keeps_engine_and_trainer_together(trainer):
+    """Three optimiser steps at a high learning rate; `max_logp_gap` would stop the run at a gap above 1e-3."""
+    before = [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
+    trainer.train()
+    after = [p for p in trainer.model.parameters() if p.requires_grad]
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    logs = [row for row in trainer.state.log_history if "sync/logp_gap_max" in row]
+    assert len(logs) == 3
+    assert all(row["sync/logp_gap_max"] < 1e-3 for row in logs)
+
+
+def test_a_stale_engine_is_caught(trainer):
+    """Weights that moved without a sync: the next rollouts are refused."""
+    from fura_rl.errors import FuraError
+
+    trainer.sync_engine()
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    trainer.model.train()
+    with pytest.raises(FuraError, match="Engine and trainer disagree"):
+        trainer._generate_and_score_completions(ROWS)
