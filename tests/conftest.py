@@ -1,5 +1,7 @@
 """Fixtures that every test folder may use."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,3 +14,18 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"benchmark data not found: put the JSONL files into {path} to run this test")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Path:
+    """The checkpoint that ships with the repository."""
+    return Path(__file__).parents[1] / "examples" / "tiny" / "model"
+
+
+@pytest.fixture(scope="session")
+def tiny_problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `train.jsonl` and `test.jsonl` of the kind that the tiny model was pretrained on."""
+    folder = tmp_path_factory.mktemp("problems")
+    script = Path(__file__).parents[1] / "examples" / "tiny" / "problems.py"
+    subprocess.run([sys.executable, script, "--out", folder, "--train", "64", "--test", "16"], check=True)
+    return folder

@@ -1,7 +1,8 @@
 """The real CPU engine samples from the merged policy, after every sync, on a trainer whose weights never move."""
 
+import copy
 import gc
-from pathlib import Path
+import json
 
 import pytest
 import torch
@@ -11,10 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fura_rl.trainer import FuraGRPOConfig, FuraGRPOTrainer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
-MODEL = Path(__file__).parents[2] / "examples" / "tiny" / "model"
-ROWS = [
-    {"prompt": [{"role": "user", "content": f"What is {i} + {i + 3}?"}], "answer": str(2 * i + 3)} for i in range(8)
-]
 
 
 def engine_logprobs(llm, sequences):
@@ -32,11 +29,9 @@ def engine_logprobs(llm, sequences):
     ]
 
 
-def reference_logprobs(model, sequences):
-    """The same from the merged model in transformers, a separate copy."""
-    merged = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    merged.load_state_dict({k: v for k, v in merged_state(model).items()}, strict=False)
-    merged.tie_weights()
+def reference_logprobs(policy, sequences):
+    """The same in transformers, from PEFT's own dense merge of a copy: independent of the stream under test."""
+    merged = copy.deepcopy(policy).merge_and_unload()
     logps = []
     with torch.no_grad():
         for ids in sequences:
@@ -45,23 +40,24 @@ def reference_logprobs(model, sequences):
     return logps
 
 
-def merged_state(model):
-    """PEFT's own dense merge of a copy of the policy: independent of the stream under test."""
-    import copy
-
-    return copy.deepcopy(model).merge_and_unload().state_dict()
+@pytest.fixture(scope="module")
+def rows(tiny_problems):
+    """Prompts and answers, as the trainer wants them."""
+    lines = (tiny_problems / "train.jsonl").read_text().splitlines()
+    problems = [json.loads(line) for line in lines]
+    return [{"prompt": [{"role": "user", "content": p["problem"]}], "answer": p["answer"]} for p in problems]
 
 
 @pytest.fixture(scope="module")
-def trainer(tmp_path_factory):
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+def trainer(tmp_path_factory, tiny_model, rows):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     args = FuraGRPOConfig(
-        output_dir=str(tmp_path_factory.mktemp("run")), per_device_train_batch_size=8, num_generations=4,
-        max_completion_length=24, max_steps=3, learning_rate=1e-2, vllm_max_model_length=128, max_logp_gap=1e-3,
+        output_dir=str(tmp_path_factory.mktemp("run")), per_device_train_batch_size=32, num_generations=8,
+        max_completion_length=80, max_steps=3, learning_rate=1e-2, vllm_max_model_length=256, max_logp_gap=1e-3,
         save_strategy="no", disable_tqdm=True, seed=3,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    trainer = FuraGRPOTrainer(model, args=args, train_dataset=Dataset.from_list(ROWS), processing_class=tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    trainer = FuraGRPOTrainer(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     yield trainer
     trainer.close()
     del trainer.vllm_generation.llm
@@ -107,7 +103,7 @@ def test_a_training_run_keeps_engine_and_trainer_together(trainer):
     assert all(row["sync/logp_gap_max"] < 1e-3 for row in logs)
 
 
-def test_a_stale_engine_is_caught(trainer):
+def test_a_stale_engine_is_caught(trainer, rows):
     """Weights that moved without a sync: the next rollouts are refused."""
     from fura_rl.errors import FuraError
 
@@ -118,4 +114,4 @@ def test_a_stale_engine_is_caught(trainer):
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     trainer.model.train()
     with pytest.raises(FuraError, match="Engine and trainer disagree"):
-        trainer._generate_and_score_completions(ROWS)
+        trainer._generate_and_score_completions(rows[:8] * 4)
