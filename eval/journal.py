@@ -24,6 +24,8 @@ from .sampling import Request
 
 SAMPLES = "samples.jsonl"
 OTHERS = "samples.other.jsonl"
+# UTF-8 has no lone surrogates, but a server's text may; written as \\udXXX they are still valid JSON.
+LONE_SURROGATES = "backslashreplace"
 
 
 def sample_key(identity: str, request: Request) -> str:
@@ -93,7 +95,7 @@ class Journal:
     def append(self, line: Mapping[str, Any]) -> None:
         """Writes one finished completion; it survives the process from here on."""
         with writing(self.directory):
-            data = (json.dumps(line, ensure_ascii=False) + "\n").encode()
+            data = (json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", LONE_SURROGATES)
             while data:
                 data = data[self._file.write(data) :]
 
@@ -123,7 +125,7 @@ def write_atomically(path: Path, text: str) -> None:
     """Writes beside, then renames: readers see the old file or the new one, and a full disk leaves the old one."""
     beside = path.with_name(path.name + ".tmp")
     try:
-        with beside.open("w", encoding="utf-8") as file:
+        with beside.open("w", encoding="utf-8", errors=LONE_SURROGATES, newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -72,7 +72,7 @@ def read_results(directory: str | Path) -> Results:
         raise FuraError(f"{directory} holds no finished evaluation ({why}).")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        samples = [json.loads(line) for line in (directory / SAMPLES).read_text(encoding="utf-8").splitlines()]
+        samples = [json.loads(line) for line in (directory / SAMPLES).read_bytes().splitlines()]
     except (ValueError, FileNotFoundError) as error:
         raise FuraError(f"The evaluation in {directory} is damaged: {error}.") from error
     if data.get("schema") != SCHEMA or data.get("schema_version", 0) > SCHEMA_VERSION:

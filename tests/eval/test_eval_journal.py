@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from fura_rl.eval import Sampling, evaluate, load_benchmark
+from fura_rl.eval.journal import Journal
 
 from fura_rl.errors import FuraError
 from fura_rl.prompts import load_prompt
@@ -149,6 +150,23 @@ def test_other_model_prompt_or_sampling_is_drawn_anew_and_the_old_is_kept(go, sa
     assert samples.with_name("samples.other.jsonl").read_text().splitlines() == before
 
 
+@pytest.mark.parametrize("text", ["\u2028 \u0085 \x0b \x00", "日本 \r\n 🙂"])
+def test_any_text_survives(go, samples, text):
+    result, _ = go(lambda prompt, request: text)
+    expected = [s.completion.text for row in result.samples["sums"] for s in row]
+    assert [json.loads(line)["completion"] for line in samples.read_bytes().splitlines()] == expected
+    assert go()[1] == 0
+
+
+def test_text_that_is_not_unicode_survives(tmp_path):
+    """A server's JSON may hold half of a surrogate pair, which no UTF-8 file can."""
+    line = {"key": "k", "completion": json.loads('"half \\ud83d."'), "tokens": 1, "finish_reason": "stop", "seed": 1}
+    journal = Journal(tmp_path, ["k"])
+    journal.append(line)
+    journal.finish([line])
+    assert Journal(tmp_path, ["k"]).finished["k"].text == line["completion"]
+
+
 def test_more_samples_reuse_the_first(go):
     go()
     _, asked = go(sampling=Sampling(temperature=1.0, n=5, max_tokens=200))
@@ -187,8 +205,6 @@ def test_a_write_that_fails_keeps_what_was_finished(tmp_path):
     assert done.stdout.startswith(
         f"Cannot write to {tmp_path}: File too large. Completions that had finished are kept in"
     )
-    from fura_rl.eval.journal import Journal
-
     with pytest.warns(UserWarning, match="1 damaged"):
         journal = Journal(tmp_path, [f"k{i}" for i in range(100)])
     assert list(journal.finished) == ["k0", "k1", "k2", "k3", "k4"]

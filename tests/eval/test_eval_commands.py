@@ -1,0 +1,311 @@
+"""`fura-rl eval` as a user runs it: a process of its own, real engines, kills, adapters, and mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+import fura_rl
+from fura_rl.adapter import FuraConfig
+
+LAUNCH = """
+import sys
+import typer
+from fura_rl.errors import FuraError
+from fura_rl.eval.commands import compare_command, eval_command, overlap_command
+app = typer.Typer(pretty_exceptions_enable=False)
+for name, command in (("eval", eval_command), ("compare", compare_command), ("overlap", overlap_command)):
+    app.command(name)(command)
+try:
+    app()
+except FuraError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+"""
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def start(*arguments):
+    return subprocess.Popen(
+        [sys.executable, "-c", LAUNCH, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+
+
+def run(*arguments):
+    process = start(*arguments)
+    out, err = process.communicate(timeout=400)
+    return process.returncode, out, err
+
+
+def evaluate(*arguments):
+    code, out, err = run("eval", *arguments)
+    assert code == 0, err[-3000:]
+    return out
+
+
+def results(directory):
+    return json.loads((directory / "results.json").read_text())
+
+
+def completions(directory):
+    lines = (directory / "samples.jsonl").read_text().splitlines()
+    return [(line["id"], line["sample"], line["completion"]) for line in map(json.loads, lines)]
+
+
+@pytest.fixture
+def sums(write_jsonl):
+    rows = [{"id": f"s{i}", "problem": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(24)]
+    return write_jsonl("sums.jsonl", rows)
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_model, tmp_path_factory):
+    """FuRA and LoRA adapters of the tiny model with updates that are not small, and each merged into a checkpoint."""
+    directory = tmp_path_factory.mktemp("adapters")
+    for name, config in (
+        ("fura", FuraConfig(target_modules="all-linear")),
+        ("lora", LoraConfig(target_modules="all-linear", r=4)),
+    ):
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), config)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.02 * torch.randn_like(parameter))
+        model.save_pretrained(directory / name)
+        model.merge_and_unload().save_pretrained(directory / f"{name}-merged")
+        PreTrainedTokenizerFast.from_pretrained(tiny_model).save_pretrained(directory / f"{name}-merged")
+    return directory
+
+
+def test_transformers_engine_end_to_end(tiny_model, sums, tmp_path):
+    out = tmp_path / "out"
+    printed = evaluate(
+        *("--model", tiny_model, "-b", sums, "--out", out, "--engine", "transformers"),
+        *("--max-tokens", 8, "--temperature", 0.7, "--samples", 2, "--limit", 3, "--prompt", "plain"),
+    )
+    assert "| sums | avg@2 | 0.000 | " in printed and "tokens/s" in printed
+    data = results(out)
+    assert (data["schema"], data["schema_version"]) == ("fura-rl/eval", 1)
+    assert data["command"][:2] == ["fura-rl", "eval"] and "--max-tokens" in data["command"]
+    assert data["model"]["weights"].startswith("sha256 ")
+    assert data["engine"] == {"engine": "transformers", "dtype": "float32", "device": "cpu", "batch_size": 8}
+    assert data["versions"]["torch"] == torch.__version__
+    assert data["benchmarks"]["sums"]["sampling"]["max_tokens"] == 8
+    assert data["prompt"] == {"name": "plain", "text": "{problem}"}
+    assert json.loads((out / "timing.json").read_text())["sampled"] == 6
+    assert (out / "report.html").stat().st_size > 10_000
+    assert len(completions(out)) == 6
+
+
+def test_falls_back_to_transformers_where_vllm_cannot_be_imported(tiny_model, sums, tmp_path):
+    """An empty package of that name stands in for a broken installation."""
+    (tmp_path / "path" / "vllm").mkdir(parents=True)
+    (tmp_path / "path" / "vllm" / "__init__.py").write_text("raise ImportError('libcuda.so.1: cannot open')")
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(tmp_path / "path")}
+    arguments = ["eval", "--model", tiny_model, "-b", sums, "--out", tmp_path / "out", "--limit", 1, "--max-tokens", 2]
+
+    def launch(*more):
+        command = [sys.executable, "-c", LAUNCH, *map(str, (*arguments, *more))]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+    done = launch()
+    assert done.returncode == 0, done.stderr
+    assert "vLLM cannot be used (ImportError: libcuda.so.1: cannot open.): transformers generates" in done.stderr
+    assert results(tmp_path / "out")["engine"]["engine"] == "transformers"
+    done = launch("--engine", "vllm")
+    assert done.returncode == 2 and "vLLM cannot be used on this machine" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
+@pytest.mark.parametrize("method", ["fura", "lora"])
+def test_adapter_on_base_equals_the_merged_checkpoint(tiny_model, adapters, sums, tmp_path, engine, method):
+    shared = ("-b", sums, "--engine", engine, "--max-tokens", 24, "--limit", 8, "--dtype", "float32")
+    evaluate("--model", tiny_model, "--adapter", adapters / method, "--out", tmp_path / "adapter", *shared)
+    evaluate("--model", adapters / f"{method}-merged", "--out", tmp_path / "merged", *shared)
+    evaluate("--model", tiny_model, "--out", tmp_path / "base", *shared)
+    assert completions(tmp_path / "adapter") == completions(tmp_path / "merged")
+    assert completions(tmp_path / "adapter") != completions(tmp_path / "base")
+    assert results(tmp_path / "adapter")["scores"] == results(tmp_path / "merged")["scores"]
+    assert not (tmp_path / "adapter" / "merged-checkpoint").exists()
+
+
+def killed_half_way(arguments, out):
+    """Starts an evaluation and kills it, without a chance to clean up, once some completions are written."""
+    process = start("eval", *arguments)
+    samples = out / "samples.jsonl"
+    deadline = time.monotonic() + 300
+    while not (samples.exists() and samples.read_bytes().count(b"\n") >= 5):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return samples.read_bytes().count(b"\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
+def test_killed_and_run_again_gives_the_same_results(tiny_model, sums, tmp_path, engine):
+    out = tmp_path / "out"
+    arguments = ("--model", tiny_model, "-b", sums, "--out", out, "--engine", engine, "--dtype", "float32")
+    arguments += ("--max-tokens", 120, "--temperature", 1, "--samples", 4, "--batch-size", 4)
+    evaluate(*arguments)
+    whole = out.rename(tmp_path / "whole")
+    finished = killed_half_way(arguments, out)
+    assert 5 <= finished < 96
+    assert not (out / "results.json").exists()
+    evaluate(*arguments)
+    timing = json.loads((out / "timing.json").read_text())
+    assert timing["reused"] >= finished - 1 and timing["reused"] + timing["sampled"] == 96
+    for name in ("results.json", "samples.jsonl"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_real_model_twice_and_merged(smollm, tmp_path, write_jsonl):
+    """SmolLM2-135M in float32: a command run twice, and an adapter against its merged checkpoint."""
+    rows = [
+        {"id": "a", "problem": "What is 2 + 3? Answer with \\boxed{5}.", "answer": "5"},
+        {"id": "b", "problem": "Name the capital of France in \\boxed{}.", "answer": "Paris"},
+    ]
+    shared = ("-b", write_jsonl("two.jsonl", rows), "--prompt", "plain", "--max-tokens", 16, "--dtype", "float32")
+    shared += ("--engine", "vllm", "--temperature", 0.8, "--samples", 2)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(smollm, dtype=torch.float32),
+        FuraConfig(target_modules=["q_proj", "down_proj"]),
+    )
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.003 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "adapter")
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(smollm).save_pretrained(tmp_path / "merged")
+    base = AutoModelForCausalLM.from_pretrained(smollm, dtype=torch.float32)
+    base.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(smollm).save_pretrained(tmp_path / "base")
+    evaluate("--model", tmp_path / "base", "--adapter", tmp_path / "adapter", "--out", tmp_path / "1", *shared)
+    evaluate("--model", tmp_path / "base", "--adapter", tmp_path / "adapter", "--out", tmp_path / "2", *shared)
+    evaluate("--model", tmp_path / "merged", "--out", tmp_path / "3", *shared)
+    assert completions(tmp_path / "1") == completions(tmp_path / "2") == completions(tmp_path / "3")
+    assert results(tmp_path / "1")["scores"] == results(tmp_path / "3")["scores"]
+
+
+@pytest.fixture(scope="module")
+def other_model(tiny_model, tmp_path_factory):
+    """As the tiny model, but narrower."""
+    directory = tmp_path_factory.mktemp("other") / "model"
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_model)
+    tokenizer.save_pretrained(directory)
+    config = Qwen2Config.from_pretrained(tiny_model, hidden_size=32, num_hidden_layers=1)
+    Qwen2ForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def mistake(*arguments):
+    """Exit status 2 and one sentence, without a traceback."""
+    code, out, err = run("eval", *arguments)
+    assert code == 2, (out, err[-2000:])
+    assert "Traceback" not in err
+    [sentence] = [line for line in err.splitlines() if line.startswith("error: ")]
+    return sentence
+
+
+@pytest.mark.parametrize("method", ["fura", "lora"])
+def test_adapter_for_another_model(other_model, adapters, sums, tmp_path, method):
+    arguments = ("-b", sums, "--out", tmp_path / "out", "--engine", "transformers")
+    sentence = mistake("--model", other_model, "--adapter", adapters / method, *arguments)
+    assert f"{method} cannot be merged into" in sentence
+
+
+def test_adapter_with_missing_layers(tiny_model, adapters, sums, tmp_path):
+    """A LoRA for half the modules, given the configuration for all: PEFT alone would warn and go on."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig(target_modules=["q_proj"], r=4))
+    model.save_pretrained(tmp_path / "half")
+    config = json.loads((adapters / "lora" / "adapter_config.json").read_text())
+    (tmp_path / "half" / "adapter_config.json").write_text(json.dumps(config))
+    arguments = ("-b", sums, "--out", tmp_path / "out", "--engine", "transformers")
+    sentence = mistake("--model", tiny_model, "--adapter", tmp_path / "half", *arguments)
+    assert "0 of its tensors have no place there and 24 are missing" in sentence
+
+
+def test_mistakes_are_one_sentence_and_leave_nothing_behind(tiny_model, sums, write_jsonl, tmp_path):
+    out = tmp_path / "out"
+    base = ("--out", out, "--engine", "transformers", "--max-tokens", 4)
+    empty = write_jsonl("empty.jsonl", [])
+    twice = write_jsonl("twice.jsonl", [{"id": 1, "problem": "a", "answer": "1"}] * 2)
+    broken = write_jsonl("broken.jsonl", [{"problem": "a", "answer": "\\frac{1}{"}])
+    for arguments, words in [
+        (("--model", tiny_model, "-b", empty), "benchmark empty is empty"),
+        (("--model", tiny_model, "-b", twice), "occurs twice"),
+        (("--model", tiny_model, "-b", broken), "cannot be read by the verifier"),
+        (("--model", tmp_path / "none", "-b", sums), "No tokenizer for"),
+        (("--model", tiny_model, "-b", sums, "--adapter", tmp_path), "is not an adapter"),
+        (("--model", tiny_model, "-b", sums, "--preset", "papre"), "choose one of paper, greedy, avg32, long"),
+        (("--model", tiny_model, "-b", sums, "--prompt", "boxd"), "Unknown prompt 'boxd'"),
+        (("--model", tiny_model, "-b", sums, "--engine", "sglang"), "--engine 'sglang' is unknown"),
+        (("--model", tiny_model, "-b", sums, "--samples", 3), "3 equal samples"),
+        (("-b", sums), "--model"),
+        (("--model", tiny_model, "-b", sums, "--server", "http://x", "--adapter", "y"), "cannot be combined"),
+    ]:
+        assert words in mistake(*arguments, *base)
+    assert not out.exists()
+
+
+def test_merged_checkpoint_needs_space(tiny_model, adapters, tmp_path, monkeypatch):
+    from fura_rl.eval import models
+
+    from fura_rl.errors import FuraError
+
+    usage = models.shutil.disk_usage(tmp_path)._replace(free=10_000)
+    monkeypatch.setattr(models.shutil, "disk_usage", lambda path: usage)
+    with (
+        pytest.raises(FuraError, match=r"No space for the merged checkpoint: .* needs 0.0 GiB and 0.0 GiB are free"),
+        models.merged_checkpoint(str(tiny_model), str(adapters / "fura"), tmp_path),
+    ):
+        pass
+
+
+def test_model_card_of_the_long_preset(tiny_model, tmp_path):
+    from fura_rl.eval.commands import resolve_sampling
+    from transformers import GenerationConfig
+
+    GenerationConfig(temperature=0.7, top_p=0.8, top_k=30, do_sample=True).save_pretrained(tmp_path)
+    card = resolve_sampling("long", str(tmp_path), ["math500"], {"seed": 3, "top_k": None})["math500"]
+    assert (card.temperature, card.top_p, card.top_k, card.max_tokens, card.seed) == (0.7, 0.8, 30, 32_768, 3)
+    ours = resolve_sampling("long", str(tmp_path / "none"), ["aime25"], {"n": 4})["aime25"]
+    assert (ours.temperature, ours.top_p, ours.top_k, ours.n) == (0.6, 0.95, 20, 4)
+    assert resolve_sampling("paper", str(tmp_path), ["math500"], {})["math500"].temperature == 0
+
+
+def test_context_is_capped_with_a_warning(tiny_model):
+    from fura_rl.eval.run import _context
+
+    assert _context(str(tiny_model), 300) == 300
+    with pytest.warns(UserWarning, match="needs 2100 tokens, but .* was made for 512"):
+        assert _context(str(tiny_model), 2100) == 512
+
+
+def test_importing_the_commands_is_light():
+    """Neither torch's users nor engines are imported before a command runs."""
+    heavy = ("vllm", "transformers", "datasets", "matplotlib")
+    code = f"import sys, fura_rl.eval.commands; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=ENVIRONMENT)
+    assert done.stdout.strip() == "[]", fura_rl.__file__
