@@ -18,8 +18,10 @@ from rich.table import Table
 
 from fura_rl.errors import FuraError
 
+from .canonical import canonical
 from .extraction import extract_answer, last_number
 from .messages import text_of
+from .numerals import read_number
 from .verifier import MathVerifier
 
 # A whole completion may be megabytes; an answer this long is no case for a second opinion.
@@ -107,7 +109,8 @@ def audit(run_dir: str | Path, verifier: MathVerifier) -> list[Opinions]:
             extracted=box,
             exact=None if box is None else verifier.exact(box, answers[i]),
             math_verify=opinions.get(i),
-            last_number=None if by_number[i].extracted is None else by_number[i].correct,
+            # On an answer that is no number it has nothing to say.
+            last_number=by_number[i].correct if by_number[i].extracted and read_number(canonical(answers[i])) else None,
             verdict=grades[i].correct,
         )
         for i, ((source, record), box) in enumerate(zip(records, boxes, strict=True))

@@ -135,7 +135,7 @@ def _last_value(text: str) -> str | None:
     content = next(group for group in formulas[-1].groups() if group)
     # A dollar sign may be money: then what stands between two of them is prose.
     is_prose = len(_PLAIN_WORD.findall(_TEXT_COMMAND.sub(" ", content))) > 1
-    return last_number(content) if is_prose else formulas[-1].group()
+    return last_number(content) if is_prose else formulas[-1].group().strip()
 
 
 def last_expression(text: str) -> str | None:

@@ -26,6 +26,7 @@ _HEADER = struct.Struct(">I")
 _START_TIMEOUT_S = 120.0
 # A request whose worker died (killed by the system, say) is asked once more before it counts as an error.
 _ATTEMPTS = 2
+CLOSED = "This verifier is closed; create a new MathVerifier to grade more answers."
 
 
 class _Worker:
@@ -113,6 +114,24 @@ class WorkerPool:
         """Process ids of the living workers."""
         return [worker.process.pid for worker in self._workers]
 
+    def start(self) -> None:
+        """Start every worker and wait until all are ready; `run` does so itself when it needs them."""
+        with self._lock:
+            if self.closed:
+                raise FuraError(CLOSED)
+            self._fill(self.size)
+            while not all(worker.ready for worker in self._workers):
+                self._check_start(time.monotonic())
+                self._poll([], [], deque(), time.monotonic() + 1.0)
+
+    def _fill(self, count: int) -> None:
+        while len(self._workers) < count:
+            self._workers.append(_Worker(self.memory_limit))
+
+    def _check_start(self, now: float) -> None:
+        if any(not worker.ready and now >= worker.deadline for worker in self._workers):
+            raise FuraError(f"A grading worker did not start within {_START_TIMEOUT_S:.0f} s.")
+
     def run(self, requests: Sequence[dict[str, Any]], timeout: float, batch_timeout: float) -> list[dict[str, Any]]:
         """Answer every request, in order of arrival as workers become free.
 
@@ -130,7 +149,7 @@ class WorkerPool:
         """
         with self._lock:
             if self.closed:
-                raise FuraError("This verifier is closed; create a new MathVerifier to grade more answers.")
+                raise FuraError(CLOSED)
             return self._run(requests, timeout, batch_timeout)
 
     def _run(self, requests: Sequence[dict[str, Any]], timeout: float, batch_timeout: float) -> list[dict[str, Any]]:
@@ -142,17 +161,16 @@ class WorkerPool:
         wanted = min(self.size, len(requests))
         try:
             while waiting or any(worker.request is not None for worker in self._workers):
-                while waiting and len(self._workers) < wanted:
-                    self._workers.append(_Worker(self.memory_limit))
+                if waiting:
+                    self._fill(wanted)
                 now = time.monotonic()
+                self._check_start(now)
                 if batch_deadline == float("inf") and any(worker.ready for worker in self._workers):
                     batch_deadline = now + batch_timeout
                 if now >= batch_deadline:
                     break
                 for worker in list(self._workers):
                     if now >= worker.deadline:
-                        if not worker.ready:
-                            raise FuraError(f"A grading worker did not start within {_START_TIMEOUT_S:.0f} s.")
                         self._drop(worker)
                         overruns += 1
                     elif worker.ready and worker.request is None and waiting:
@@ -170,8 +188,7 @@ class WorkerPool:
             raise
         for worker in [worker for worker in self._workers if worker.request is not None]:
             self._drop(worker)
-        while len(self._workers) < wanted:  # replacements start now, to be ready for the next batch
-            self._workers.append(_Worker(self.memory_limit))
+        self._fill(wanted)  # replacements start now, to be ready for the next batch
         return replies
 
     def _poll(self, replies: list[dict[str, Any]], attempts: list[int], waiting: deque[int], latest: float) -> None:

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from threading import Lock
 from typing import Any, Literal
 
 from fura_rl.errors import FuraError
@@ -23,7 +21,7 @@ from .canonical import canonical
 from .equivalence import compare
 from .extraction import Fallback, extract_answer, extract_boxes, extract_reference
 from .limits import too_large
-from .pool import WorkerPool
+from .pool import CLOSED, WorkerPool
 from .structure import is_list
 
 # Longer answers are compared as they are written; of a reference that is a whole solution, the end is read.
@@ -66,7 +64,7 @@ class MathVerifier:
         fallback: What counts as the answer of a completion without a box: nothing (default), the last `"number"` or
             the last `"expression"`.
         float_rounding: Decimals to which an answer written as a decimal must agree.
-        cache_size: How many verdicts on pairs (answer, extracted) are kept.
+        cache_size: How many verdicts of algebra on pairs (answer, extracted) are kept before the cache starts afresh.
 
     Raises:
         FuraError: A setting is out of range.
@@ -102,10 +100,13 @@ class MathVerifier:
         }
         self.workers, self.timeout, self.batch_timeout = workers, timeout, batch_timeout
         self.fallback, self.float_rounding, self.cache_size = fallback, float_rounding, cache_size
-        self._cache: OrderedDict[tuple[str, str], Grade] = OrderedDict()
-        self._cache_lock = Lock()
+        self._cache: dict[tuple[str, str], Grade] = {}
         self._pool = WorkerPool(workers, memory_limit)
         self.last_batch: dict[str, float] = {}
+
+    def start(self) -> None:
+        """Start the workers now and wait until they are ready, so that the first batch need not."""
+        self._pool.start()
 
     def grade(self, completions: Sequence[str], answers: Sequence[str | None]) -> list[Grade]:
         r"""Grade every completion against the answer at the same place.
@@ -135,14 +136,16 @@ class MathVerifier:
             boxes = extract_boxes(completion)
             # Only where the reference lists several values may several boxes form one answer; where it is a single
             # value, `\boxed{3} or \boxed{5}` answers 5.
-            if len(boxes) > 1 and self._reference(answer)[1] and not is_list(canonical(boxes[-1][:MAX_FORM_CHARS])):
-                return ", ".join(boxes)
+            if len(boxes) > 1 and self._reference(answer)[1]:
+                last = canonical(boxes[-1][:MAX_FORM_CHARS])
+                if too_large(last) or not is_list(last):
+                    return ", ".join(boxes)
         return extract_answer(completion, self.fallback)
 
     def grade_extracted(self, extracted: Sequence[str | None], answers: Sequence[str | None]) -> list[Grade]:
         """Grade answers that are already extracted (B strings; None where a completion gave none)."""
         if self._pool.closed:
-            raise FuraError("This verifier is closed; create a new MathVerifier to grade more answers.")
+            raise FuraError(CLOSED)
         started = time.monotonic()
         pairs = [(answer or "", given) for answer, given in zip(answers, extracted, strict=True)]
         verdicts: dict[tuple[str, str | None], Grade] = {}
@@ -155,7 +158,7 @@ class MathVerifier:
             if given is None:
                 verdicts[pair] = Grade(False, None, "no_answer")
                 continue
-            cached = self._cached((answer, given))
+            cached = self._cache.get((answer, given))
             if cached is not None:
                 verdicts[pair], hits = cached, hits + 1
                 continue
@@ -219,25 +222,22 @@ class MathVerifier:
             return _VERDICT[decided]
         return {"gold": gold, "answer": form, "float_rounding": self.float_rounding}
 
-    def _cached(self, pair: tuple[str, str]) -> Grade | None:
-        with self._cache_lock:
-            grade = self._cache.get(pair)
-            if grade is not None:
-                self._cache.move_to_end(pair)
-            return grade
-
     def _store(self, pair: tuple[str, str], reply: dict[str, Any]) -> Grade:
         if "equal" in reply:
             grade = _VERDICT[reply["equal"]]
         else:
             grade = Grade(None, pair[1], "timeout" if reply["error"] == "timeout" else "error")
         # A timeout may be the batch's or the machine's fault, so only decisions are kept.
-        if grade.correct is not None:
-            with self._cache_lock:
-                self._cache[pair] = grade
-                while len(self._cache) > self.cache_size:
-                    self._cache.popitem(last=False)
+        if grade.correct is not None and self.cache_size > 0:
+            if len(self._cache) >= self.cache_size:
+                self._cache.clear()  # single dict operations need no lock, neither with threads nor after a fork
+            self._cache[pair] = grade
         return grade
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers now alive."""
+        return self._pool.pids
 
     def close(self) -> None:
         """End the worker processes. Grading afterwards raises `FuraError`; closing twice does nothing."""
