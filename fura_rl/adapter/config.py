@@ -26,8 +26,9 @@ class FuraConfig(PeftConfig):
     `b x b` (`n * b = in`). The update has full rank and `W` is never written to, so it may be quantised.
 
     Args:
-        target_modules (`list[str] | str | None`): module names (suffixes), a regular expression, "all-linear", or None
-            for the default of the architecture (the linear layers of its attention and MLP blocks).
+        target_modules (`list[str] | str | None`): module names (suffixes), a regular expression, or "all-linear": every
+            linear layer of a transformers model but its output head. None takes the default of the architecture: all
+            projections of Llama-like decoders, elsewhere PEFT's defaults for LoRA.
         exclude_modules (`list[str] | str | None`): names or a regular expression of modules to leave alone.
         side: "input" multiplies the layer's input (`W M`, column blocks), "output" its output (`M W`, row blocks).
         block_size: "closest" (the larger of the two most nearly equal factors of the side's width), "head" (as

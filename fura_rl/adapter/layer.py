@@ -322,3 +322,7 @@ class FuraLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "fura." + super().__repr__()
+
+
+class FuraLinear(FuraLayer):
+    """The layer that `FuraModel` creates. "all-linear" finds adapted layers again by "Linear" in their class's name."""

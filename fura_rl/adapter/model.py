@@ -22,8 +22,16 @@ from transformers.pytorch_utils import Conv1D
 from .combination import check_combinable, combine
 from .config import FuraConfig
 from .errors import AdapterError
-from .layer import FuraLayer
+from .layer import FuraLayer, FuraLinear
 from .loading import prepare_tensors
+
+# Where target_modules is None: all projections of the usual decoders, elsewhere what PEFT takes for LoRA.
+DECODERS = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3", "smollm3")
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+DEFAULT_TARGETS: dict[str, list[str]] = {
+    **{model: list(targets) for model, targets in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.items()},
+    **dict.fromkeys(DECODERS, PROJECTIONS),
+}
 
 # Projections of an attention block by which side of them consists of heads.
 HEADS_IN = {"o_proj", "out_proj", "c_proj", "dense", "wo", "o"}
@@ -54,7 +62,7 @@ class FuraModel(BaseTuner):
 
     prefix: str = "fura_"
     tuner_layer_cls = FuraLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
+    target_module_mapping = DEFAULT_TARGETS
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's, with a progress bar where reading the bases takes more than two seconds."""
@@ -82,7 +90,7 @@ class FuraModel(BaseTuner):
         else:
             quantization_kwargs = get_quantization_kwargs(self)
             _check_supported(target, current_key, quantization_kwargs)
-            new_module = FuraLayer(
+            new_module = FuraLinear(
                 target,
                 adapter_name,
                 fura_config,

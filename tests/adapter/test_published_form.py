@@ -17,7 +17,7 @@ BLOCKS = {"closest": "closest", "full": "full", "int": 3}
 
 
 class PublishedFura(nn.Module):
-    """`W'_j = U_j diag(s_j) R_j` (input side, column blocks) or `W'_i = R_i diag(s_i) V_i^T` (output side, row blocks)."""
+    """`W'_j = U_j diag(s_j) R_j` by column blocks (input side); by row blocks of `W`, transposed (output side)."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor, block_size: int, side: str, singular_values: str):
         super().__init__()
@@ -115,8 +115,8 @@ def test_equals_published_form_in_float64(shape, side, singular_values, block):
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [
-        (torch.float32, 1e-5),  # 50 steps of AdamW amplify float32's 1e-7
-        (torch.bfloat16, 0.05),  # activations carry 8 bits: 2^-8 of outputs of order 1, summed over a step's path
+        (torch.float32, 1e-6),  # rounding: 1e-7 of the update after 50 steps
+        (torch.bfloat16, 2e-3),  # activations and gradients carry 8 bits (2^-9 each), the trained tensors 24
     ],
 )
 @pytest.mark.parametrize("side", SIDES)
