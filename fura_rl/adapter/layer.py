@@ -49,7 +49,7 @@ class FuraLayer(nn.Module, BaseTunerLayer):
         adapter_name: str,
         config: FuraConfig,
         *,
-        block_rule: int | str = "closest",
+        block_rule: int | str | None = None,
         head_dim: int | None = None,
         name: str = "",
         **quantization_kwargs: Any,
@@ -75,10 +75,14 @@ class FuraLayer(nn.Module, BaseTunerLayer):
         adapter_name: str,
         config: FuraConfig,
         *,
-        block_rule: int | str = "closest",
+        block_rule: int | str | None = None,
         head_dim: int | None = None,
     ) -> None:
         """Adds the adapter `adapter_name` to this layer, with a basis of the unmerged base weight.
+
+        Args:
+            block_rule: this layer's block size or rule; that of `config`, if it is one for all layers, if None.
+            head_dim: the size of an attention head, if the adapted side of this layer consists of heads.
 
         Raises:
             AdapterError: if the block size does not divide the layer's width, or the weight cannot be read.
@@ -87,6 +91,8 @@ class FuraLayer(nn.Module, BaseTunerLayer):
         width, other = self.in_features, self.out_features
         if config.side == "output":
             width, other = other, width
+        if block_rule is None:
+            block_rule = "closest" if isinstance(config.block_size, dict) else config.block_size
         wanted = resolve_block_size(block_rule, width, head_dim)
         block_size = fit_block_size(wanted, width, other)
         if block_size != wanted:

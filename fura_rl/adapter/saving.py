@@ -91,6 +91,8 @@ def read_adapter(path: str | Path) -> tuple[FuraConfig, dict[str, Tensors], Tens
     Raises:
         AdapterError: if it is no FuRA adapter, or its file is missing, truncated, pickled or holds broken values.
     """
+    if not Path(path).exists():
+        raise AdapterError(f"{path} does not exist.")
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     weights = folder / SAFETENSORS_WEIGHTS_NAME
     try:

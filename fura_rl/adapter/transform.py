@@ -63,7 +63,8 @@ def block_transform(x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     n, b, _ = delta.shape
     x_nTb = x.reshape(-1, n, b).transpose(0, 1)
     y_nTb = torch.baddbmm(x_nTb, x_nTb, delta.to(x.dtype).mT)
-    return y_nTb.transpose(0, 1).reshape(x.shape)
+    # contiguous as a layer's input usually is: a matrix product over other strides may round differently
+    return y_nTb.transpose(0, 1).reshape(x.shape).contiguous()
 
 
 def merge_input_side(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
