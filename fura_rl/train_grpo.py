@@ -71,6 +71,8 @@ def load_model(arguments: ModelArguments, training: FuraGRPOConfig) -> tuple[Pre
         FuraError: There is no such model, locally or on the hub.
     """
     name = arguments.model_name_or_path
+    if name is not None and name.startswith(("/", "./", "../")) and not Path(name).is_dir():
+        raise FuraError(f"The model directory {name} does not exist.")
     dtype = arguments.dtype
     if dtype == "auto":
         dtype = "bfloat16" if training.device.type == "cuda" else "float32"

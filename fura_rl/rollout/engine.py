@@ -9,8 +9,6 @@ How it departs from TRL 1.16's `VLLMGeneration`:
 
 from __future__ import annotations
 
-import importlib
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,22 +20,6 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from fura_rl.errors import FuraError
 from fura_rl.rollout.merged import merged_weights
-
-# What a CPU engine needs to run inside the trainer's process. Values that the user has set win.
-CPU_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
-
-
-def vllm_problem() -> str | None:
-    """Why vLLM cannot be used on this machine, in words, or None if it can be imported."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    if not torch.cuda.is_available():
-        for key, value in CPU_ENVIRONMENT.items():
-            os.environ.setdefault(key, value)
-    try:
-        importlib.import_module("vllm")
-    except (ImportError, OSError, RuntimeError) as error:  # a missing package, a missing .so, a platform mismatch
-        return f"{type(error).__name__}: {error}"
-    return None
 
 
 def trainer_dtype(model: torch.nn.Module) -> torch.dtype:

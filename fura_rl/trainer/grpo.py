@@ -29,7 +29,8 @@ from fura_rl.errors import FuraError
 from fura_rl.eval import evaluate, load_benchmark
 from fura_rl.prompts import load_prompt
 from fura_rl.rewards import MathVerifier, extract_answer, load_rewards
-from fura_rl.rollout.engine import FuraVLLMGeneration, vllm_problem
+from fura_rl.rollout.availability import vllm_problem
+from fura_rl.rollout.engine import FuraVLLMGeneration
 from fura_rl.trainer.benchmarks import benchmark_sampling, make_sampler
 from fura_rl.trainer.callbacks import BenchmarkCallback
 from fura_rl.trainer.clock import PhaseClock

@@ -88,7 +88,7 @@ def score_table(evaluations: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write_summary(path: Path, **content: Any) -> None:
+def write_summary(path: Path, /, **content: Any) -> None:
     """Write `summary.json` in one piece: a reader never sees half of it."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(to_plain(content), indent=2) + "\n", encoding="utf-8")

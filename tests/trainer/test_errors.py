@@ -30,7 +30,11 @@ def test_unknown_model(capsys, tmp_path, data):
     status, err = run(
         capsys, "--output_dir", tmp_path / "run", "--dataset_name", data, "--model_name_or_path", tmp_path / "no-model"
     )
-    assert status == 2 and "Cannot load the model" in err and err.count("\n") == 1
+    assert status == 2 and err.splitlines()[-1] == f"error: The model directory {tmp_path / 'no-model'} does not exist."
+    status, err = run(
+        capsys, "--output_dir", tmp_path / "run", "--dataset_name", data, "--model_name_or_path", "nobody/no-model"
+    )
+    assert status == 2 and err.splitlines()[-1].startswith("error: Cannot load the model 'nobody/no-model'")
 
 
 def test_missing_column(capsys, tmp_path):

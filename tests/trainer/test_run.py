@@ -1,9 +1,11 @@
 """The main job as users start it: a recipe in, a run directory out, with the real engine or without one."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -86,3 +88,30 @@ def test_without_vllm_transformers_generates_and_says_why(recipe, tmp_path):
     assert process.returncode == 0, process.stderr[-3000:]
     assert "libcudart.so.13" in process.stderr and "transformers generates" in process.stderr
     check_run(tmp_path / "run", "transformers")
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_ends_in_one_sentence(recipe, tmp_path):
+    """On a real, small file system that fills up after the first step; what was written before stays readable."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=204M", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        file = recipe(output_dir=str(disk / "run"), benchmarks=[], max_steps=40, use_vllm=False)
+        metrics = disk / "run" / "metrics.jsonl"
+        process = subprocess.Popen([*LAUNCH, "--config", str(file)], stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 300
+        while not (metrics.exists() and metrics.read_text().count("\n")):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.2)
+        with contextlib.suppress(OSError), (disk / "ballast").open("wb", buffering=0) as ballast:
+            while True:
+                ballast.write(b"\0" * 4096)
+        _, err = process.communicate(timeout=300)
+        assert process.returncode != 0
+        assert "error: The disk is full" in err and "Traceback" not in err
+        assert json.loads(metrics.read_text().splitlines()[0])["step"] == 1
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
