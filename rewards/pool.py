@@ -216,7 +216,7 @@ class WorkerPool:
                 continue
             replies[worker.request] = message
             worker.request = None
-            if message.get("error") == "memory":
+            if message.get("retire"):
                 self._drop(worker)
 
     def _lost(self, worker: _Worker, attempts: list[int], waiting: deque[int], replies: list[dict[str, Any]]) -> None:

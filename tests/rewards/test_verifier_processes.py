@@ -1,6 +1,6 @@
 """Workers that die, hang or are inherited: the verifier answers, in time, and leaves no process behind."""
 
-import json
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from fura_rl.rewards import MathVerifier
+from light_import import PRELUDE
 
 from fura_rl.errors import FuraError
 
@@ -43,12 +44,12 @@ def wait_until_gone(pids: list[int], seconds: float = 10) -> None:
 
 def test_an_overrunning_worker_is_killed_and_the_rest_is_graded() -> None:
     completions, answers = easy(12)
-    with MathVerifier(timeout=1.0) as verifier:
+    with MathVerifier(timeout=3.0) as verifier:
         verifier.start()
         before = verifier.worker_pids
         started = time.monotonic()
         grades = verifier.grade([ENDLESS[0], *completions], [ENDLESS[1], *answers])
-        assert time.monotonic() - started < 1.2 * (1.0 + 0.1 * 7)
+        assert time.monotonic() - started < 1.2 * (3.0 + 0.1 * 7)
         assert grades[0].reason == "timeout" and grades[0].correct is None
         assert grades[0].extracted == ENDLESS[0][7:-1]
         assert all(grade.correct for grade in grades[1:])
@@ -58,11 +59,11 @@ def test_an_overrunning_worker_is_killed_and_the_rest_is_graded() -> None:
 
 def test_the_batch_deadline_holds_when_every_answer_hangs() -> None:
     completions = [rf"\boxed{{\sum_{{k=1}}^{{10^{{9}}}} \frac{{{i + 1}}}{{k}}}}" for i in range(40)]
-    with MathVerifier(timeout=1.0, batch_timeout=3.0) as verifier:
+    with MathVerifier(timeout=3.0, batch_timeout=6.0) as verifier:
         verifier.start()
         started = time.monotonic()
         grades = verifier.grade(completions, ["3"] * 40)
-        assert time.monotonic() - started < 3.0 * 1.2
+        assert time.monotonic() - started < 6.0 * 1.2
         assert {grade.reason for grade in grades} == {"timeout"}
         assert all(grade.correct for grade in verifier.grade(*easy(4)))
 
@@ -87,17 +88,29 @@ def test_an_idle_worker_that_died_is_replaced() -> None:
         assert verifier.grade([EASY[0]], [EASY[1]])[0].correct
 
 
+@pytest.mark.slow
 def test_memory_is_limited() -> None:
-    """A product of huge integers asks for more memory than the limit allows; the worker reports it and is replaced."""
-    hungry = r"\boxed{\prod_{k=1}^{400} (10^{4000}+k)^{90}}"
-    with MathVerifier(workers=1, memory_limit=256, timeout=20.0) as verifier:
+    """An expansion that takes 700 MiB where it may stays below 256 here, and its worker is replaced."""
+    hungry = r"\boxed{(x+y+z+w+u+v)^{64}}"
+    peaks = [0]
+    with MathVerifier(workers=1, memory_limit=256, timeout=60.0) as verifier:
+        verifier.start()
+        pid = verifier.worker_pids[0]
+
+        def watch() -> None:
+            while alive(pid):
+                with contextlib.suppress(OSError, IndexError):
+                    status = Path(f"/proc/{pid}/status").read_text()
+                    peaks.append(int(status.split("VmPeak:")[1].split()[0]) // 1024)
+                time.sleep(0.02)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
         grade = verifier.grade([hungry], ["3"])[0]
+        watcher.join(timeout=10)
         assert grade.correct is not True
-        for pid in verifier.worker_pids:
-            limits = Path(f"/proc/{pid}/limits").read_text()
-            if alive(pid) and "Max address space" in limits:
-                line = next(line for line in limits.splitlines() if line.startswith("Max address space"))
-                assert line.split()[3] in (str(256 * 2**20), "unlimited")  # unlimited: still starting
+        assert 200 < max(peaks) <= 256
+        assert pid not in verifier.worker_pids and not alive(pid)
         assert verifier.grade([EASY[0]], [EASY[1]])[0].correct
 
 
@@ -159,7 +172,9 @@ def test_a_pickled_verifier_keeps_its_settings() -> None:
         copy.close()
 
 
-SCRIPT = """
+SCRIPT = (
+    PRELUDE
+    + """
 import sys, time
 from fura_rl.rewards import MathVerifier
 verifier = MathVerifier(timeout=60.0)
@@ -171,6 +186,7 @@ if sys.argv[1] == "busy":
 elif sys.argv[1] == "idle":
     time.sleep(60)
 """
+)
 
 
 @pytest.mark.parametrize("state", ["leave", "idle", "busy"])
@@ -196,6 +212,7 @@ def test_an_idle_worker_notices_that_its_parent_was_killed() -> None:
     )
     assert parent.stdout is not None
     pids = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(pids) == 2 and all(alive(pid) for pid in pids)
     parent.kill()
     parent.wait()
     wait_until_gone(pids)
@@ -213,19 +230,12 @@ def test_workers_import_neither_torch_nor_this_package() -> None:
 
 def test_the_package_does_not_import_torch() -> None:
     """`rewards` itself needs no torch: only `fura_rl`'s own initialisation brings it."""
-    code = (
-        f"import sys, types; from pathlib import Path; root = Path({str(Path(__file__).resolve().parents[2])!r})\n"
-        "package = types.ModuleType('fura_rl'); package.__path__ = [str(root / 'fura_rl')]\n"
-        "sys.modules['fura_rl'] = package\n"
-        "import importlib.util as u\n"
-        "spec = u.spec_from_file_location('fura_rl.rewards', root / 'rewards' / '__init__.py',"
-        " submodule_search_locations=[str(root / 'rewards')])\n"
-        "module = u.module_from_spec(spec); sys.modules['fura_rl.rewards'] = module; spec.loader.exec_module(module)\n"
+    code = PRELUDE + (
         "import fura_rl.rewards.audit\n"
-        "print([name for name in ('torch', 'transformers', 'trl', 'sympy') if name in sys.modules])"
+        "print(*[name for name in ('torch', 'transformers', 'trl', 'sympy') if name in sys.modules])"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert json.loads(printed.replace("'", '"')) == []
+    assert printed.strip() == ""
 
 
 @pytest.mark.parametrize(
