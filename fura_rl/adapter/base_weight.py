@@ -51,6 +51,24 @@ class BaseSnapshot:
             base.state = self.state
 
 
+def offload_hook(base_layer: nn.Module) -> Any:
+    """The hook of accelerate that brings an offloaded layer's weights for its forward, or None."""
+    hook = getattr(base_layer, "_hf_hook", None)
+    return hook if isinstance(hook, AlignDevicesHook) and hook.offload else None
+
+
+def adapter_device(base_layer: nn.Module) -> torch.device | None:
+    """Where an adapter of this layer belongs: on the device that the layer computes on."""
+    hook = offload_hook(base_layer)
+    if hook is not None:
+        return torch.device(hook.execution_device)
+    for name in ("weight", "qweight", "W_q"):
+        tensor = getattr(base_layer, name, None)
+        if tensor is not None:
+            return tensor.device
+    return next((tensor.device for tensor in base_layer.parameters()), None)
+
+
 def is_transposed(base_layer: nn.Module) -> bool:
     """Whether the layer stores its weight as (in, out), as GPT-2's `Conv1D` does."""
     return isinstance(base_layer, Conv1D)
@@ -67,9 +85,9 @@ def reading_weight(
     Raises:
         AdapterError: if the weight is quantised in a format that cannot be dequantised.
     """
-    hook: Any = getattr(base_layer, "_hf_hook", None)
-    offloaded = isinstance(hook, AlignDevicesHook) and hook.offload
-    if offloaded:
+    hook = offload_hook(base_layer)
+    fetch = hook is not None and any(p.is_meta for p in base_layer.parameters())  # else something else fetched it
+    if fetch:
         hook.pre_forward(base_layer)
     source = base_layer if snapshot is None else snapshot.view
     try:
@@ -80,7 +98,7 @@ def reading_weight(
                 weight = source.weight.data
                 yield weight.T if is_transposed(base_layer) else weight
     finally:
-        if offloaded:
+        if fetch:
             hook.post_forward(base_layer, torch.tensor([]))
 
 

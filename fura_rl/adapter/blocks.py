@@ -80,7 +80,7 @@ class FuraBlocks(nn.Module):
     def forward(self) -> torch.Tensor:
         """`D` (n, b, b) in float32 (float64 for a float64 base), differentiable."""
         # On the output side M = R diag(s) P is the transpose of the input side's P diag(s) R.
-        with torch.autocast(self.core.device.type, enabled=False):
+        with torch.autocast("cpu" if self.core.is_meta else self.core.device.type, enabled=False):
             core = self.core if self.side == "input" else self.core.mT
             delta = block_delta(self.basis, self.sigma, core, self.scale, merged=self.singular_values == "merged")
             if self.side == "output":

@@ -17,7 +17,7 @@ from peft.utils.quantization_utils import (
 )
 from torch import nn
 
-from .base_weight import BaseSnapshot, is_transposed, reading_weight
+from .base_weight import BaseSnapshot, adapter_device, is_transposed, reading_weight
 from .basis import fit_block_size, resolve_block_size
 from .blocks import FuraBlocks
 from .config import FuraConfig
@@ -98,7 +98,7 @@ class FuraLayer(nn.Module, BaseTunerLayer):
         if block_size != wanted:
             shape = f"{self.out_features} x {self.in_features}"
             logger.info("%s: blocks of %d do not fit a %s weight; using %d.", self.name, wanted, shape, block_size)
-        device, base_dtype = self._get_base_layer_device_and_dtype(base)
+        _, base_dtype = self._get_base_layer_device_and_dtype(base)
         blocks = FuraBlocks(
             width // block_size,
             block_size,
@@ -106,7 +106,7 @@ class FuraLayer(nn.Module, BaseTunerLayer):
             singular_values=config.singular_values,
             basis=config.basis,
             bias_features=self.out_features if config.train_bias and getattr(base, "bias", None) is not None else None,
-            device=device,
+            device=adapter_device(base),
             dtype=torch.float64 if base_dtype == torch.float64 else torch.float32,
         )
         if not blocks.core.is_meta:
@@ -143,6 +143,13 @@ class FuraLayer(nn.Module, BaseTunerLayer):
             return None
         with self.reading_weight() as weight:
             return None if weight.is_meta else sample_entries(weight)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """PEFT calls this after loading. An adapter stays where it is if its base is on the meta device."""
+        device = device or adapter_device(self.get_base_layer())
+        for blocks in self.named_blocks([adapter_name]):
+            if device is not None and device.type != "meta" and not blocks.core.is_meta:
+                blocks.to(device)
 
     @torch.no_grad()
     def refresh_basis(self, adapter_name: str) -> None:

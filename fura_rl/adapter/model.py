@@ -104,6 +104,10 @@ class FuraModel(BaseTuner):
             self._replace_module(parent, target_name, new_module, target)
         self._progress.update()
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """PEFT's also moves the adapter to the device of the weight, which for an offloaded one is "meta"."""
+        setattr(parent, child_name, new_module)
+
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         super()._check_new_adapter_config(config)
         if cast(FuraConfig, config).saved_form == "delta" and not config.inference_mode:
