@@ -35,7 +35,7 @@ _SHORT_UNITS = (
 )
 _LONG_WORD = r"(?!(?:arc)?(?:sin|cos|tan|cot|sec|csc)h|hundred|thousand|[mbtr]+illion|dozen|percent|base)[a-zA-Z]{4,}+"
 _WORD = rf"(?:(?:{_SHORT_UNITS})(?![a-zA-Z])|{_LONG_WORD})\.?"
-_UNIT = re.compile(rf"{_WORD}(?:[\s/.]++[a-zA-Z]++\.?)*+(?:\s*\^\s*\{{?\s*-?\d\s*\}}?)?")
+_UNIT = re.compile(rf"{_WORD}(?:[\s/.]++[a-zA-Z]++\.?){{0,3}}+(?:\s*\^\s*\{{?\s*-?\d\s*\}}?)?")
 _ENDS_QUANTITY = re.compile(r"(?:[\d})]|\\pi)$")
 _FIRST_WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2}")
 

@@ -222,11 +222,11 @@ class WorkerPool:
     def _lost(self, worker: _Worker, attempts: list[int], waiting: deque[int], replies: list[dict[str, Any]]) -> None:
         """A worker died by itself: ask its request again, elsewhere."""
         index = worker.request
-        if index is None and not worker.ready:
+        self._drop(worker)
+        if not worker.ready:
             raise FuraError(
                 "A grading worker ended while it started; is math-verify installed, and memory_limit at least 256 MiB?"
             )
-        self._drop(worker)
         if index is not None:
             if attempts[index] < _ATTEMPTS:
                 waiting.appendleft(index)

@@ -47,6 +47,8 @@ CASES = [
     ("72", "72 degrees", True, True),
     (r"90^\circ", "90", True, True),
     (r"\$18.90", "18.9", True, True),
+    ("5", "5 or so I would guess after all", False, True),
+    ("5", "5 apples were left to her by Tom", False, False),
     ("4", "4ab", False, False),
     ("5", "5t", False, False),
     ("5", "5 million", False, False),
