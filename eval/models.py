@@ -227,7 +227,6 @@ def _vllm(path: str, options: EngineOptions) -> Any:
         gpu_memory_utilization=options.gpu_memory,
         tensor_parallel_size=options.tensor_parallel,
         enforce_eager=options.eager or not torch.cuda.is_available(),
-        disable_log_stats=True,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,8 +114,8 @@ def _sampler(
     if settings.server is not None:
         sampler = ServerSampler(settings.server, settings.server_model, tokenizer, concurrency=settings.concurrency)
         weights = {"model": sampler.model, "weights": "unknown (served)", "tokenizer": settings.model}
-        yield sampler, weights, {"engine": "server", "url": sampler.url}
-        sampler.close()
+        with closing(sampler):
+            yield sampler, weights, {"engine": "server", "url": sampler.url}
         return
     options = EngineOptions(
         engine=settings.engine,

@@ -181,27 +181,25 @@ def maj_at_k(groups: Sequence[int | None], correct: Sequence[bool], k: int, seed
     samples = len(groups)
     if not 1 <= k <= samples:
         raise ValueError(f"maj@k needs 1 <= k <= samples, not k={k} with {samples} samples.")
-    if math.comb(samples, k) <= MAX_SUBSETS:
-        subsets: list[Sequence[int]] = list(combinations(range(samples), k))
-    else:
-        rng = np.random.default_rng(seed)
-        subsets = [rng.choice(samples, size=k, replace=False).tolist() for _ in range(MAX_SUBSETS)]
-    return math.fsum(_majority(groups, correct, subset) for subset in subsets) / len(subsets)
-
-
-def _majority(groups: Sequence[int | None], correct: Sequence[bool], voters: Sequence[int]) -> float:
-    votes: dict[int, int] = {}
-    right: dict[int, bool] = {}
-    for i in voters:
-        group = groups[i]
-        if group is not None:
-            votes[group] = votes.get(group, 0) + 1
-            right[group] = right.get(group, False) or correct[i]
-    if not votes:
+    names = sorted({group for group in groups if group is not None})
+    if not names:
         return 0.0
-    top = max(votes.values())
-    winners = [group for group, count in votes.items() if count == top]
-    return sum(right[group] for group in winners) / len(winners)
+    columns = np.array([len(names) if group is None else names.index(group) for group in groups])
+    right_G = np.array([any(c for g, c in zip(groups, correct, strict=True) if g == name) for name in names])
+    voters_SK = _subsets(samples, k, seed)
+    rows = len(voters_SK)
+    cells = columns[voters_SK] + np.arange(rows)[:, None] * (len(names) + 1)
+    votes_SG = np.bincount(cells.ravel(), minlength=rows * (len(names) + 1)).reshape(rows, -1)[:, :-1]
+    most_S = votes_SG.max(axis=1)
+    winners_SG = (votes_SG == most_S[:, None]) & (most_S[:, None] > 0)  # nobody wins where nobody votes
+    return float((winners_SG @ right_G / np.maximum(1, winners_SG.sum(axis=1))).mean())
+
+
+def _subsets(samples: int, k: int, seed: int) -> npt.NDArray[np.int64]:
+    """All choices of k samples, or `MAX_SUBSETS` random ones, (S, K)."""
+    if math.comb(samples, k) <= MAX_SUBSETS:
+        return np.array(list(combinations(range(samples), k)))
+    return np.random.default_rng(seed).random((MAX_SUBSETS, samples)).argsort(axis=1)[:, :k]
 
 
 def paired_bootstrap(

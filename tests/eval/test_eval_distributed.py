@@ -3,8 +3,12 @@
 import subprocess
 import sys
 import textwrap
+from ast import literal_eval
 
 import pytest
+from fura_rl.eval import Sampling, TransformersSampler, evaluate, load_benchmark
+
+from fura_rl.prompts import load_prompt
 
 RUN = """
 import os, sys
@@ -77,20 +81,29 @@ def launch(tmp_path, tiny_model, sums_file):
 
 
 @pytest.mark.slow
-def test_two_ranks_draw_what_one_draws(launch):
-    [alone] = launch(1)
+def test_two_ranks_draw_what_one_draws(launch, tiny, sums_file, verifier):
+    alone = evaluate(
+        TransformersSampler(*tiny),
+        tiny[1],
+        [load_benchmark(str(sums_file))],
+        prompt=load_prompt("boxed"),
+        sampling=Sampling(temperature=1.0, n=2, max_tokens=6),
+        verifier=verifier,
+        progress=False,
+    )
+    completions = [sample.completion for row in alone.samples["sums"] for sample in row]
     first, second = launch(2)
-    assert first["TEXTS"] == alone["TEXTS"]
-    seeds = [set(eval(output["SEEDS"])) for output in (first, second)]
+    assert literal_eval(first["TEXTS"]) == [c.text for c in completions]
+    seeds = [set(literal_eval(output["SEEDS"])) for output in (first, second)]
     assert len(seeds[0]) == len(seeds[1]) == 6 and not seeds[0] & seeds[1]
-    assert seeds[0] | seeds[1] == set(eval(alone["SEEDS"]))
+    assert seeds[0] | seeds[1] == {c.seed for c in completions}
 
 
 @pytest.mark.slow
 def test_ranks_of_one_engine_draw_the_same_share(launch):
     outputs = launch(2, group=2)
     assert outputs[0]["SEEDS"] == outputs[1]["SEEDS"]
-    assert len(eval(outputs[0]["SEEDS"])) == 12
+    assert len(literal_eval(outputs[0]["SEEDS"])) == 12
     assert "TEXTS" in outputs[0]
 
 
