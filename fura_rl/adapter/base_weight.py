@@ -103,6 +103,11 @@ def reading_weight(
 
 
 def _dequantise(source: Any, backend: QuantizationBackend, name: str) -> torch.Tensor:
+    if getattr(getattr(source.weight, "quant_state", None), "packing_format_for_cpu", False):
+        raise AdapterError(
+            f"{name}: bitsandbytes has repacked this 4-bit weight for inference on a CPU, and cannot dequantise it any "
+            "more; add or merge adapters before the model's first forward pass in eval mode."
+        )
     try:
         return backend.get_base_weight(source)
     except (TypeError, NotImplementedError) as error:
