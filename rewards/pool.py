@@ -6,7 +6,6 @@ import atexit
 import json
 import os
 import selectors
-import signal
 import struct
 import subprocess
 import sys
@@ -77,9 +76,8 @@ class _Worker:
         return json.loads(body)
 
     def kill(self) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
+        """End the process, without waiting until the system has cleared it away."""
+        self.process.kill()
         self.abandon()
 
     def abandon(self) -> None:
@@ -103,6 +101,7 @@ class WorkerPool:
     def _reset(self) -> None:
         self._lock = threading.Lock()
         self._workers: list[_Worker] = []
+        self._killed: list[_Worker] = []  # until the system reports their end
 
     def _after_fork(self) -> None:
         for worker in self._workers:
@@ -236,10 +235,13 @@ class WorkerPool:
     def _drop(self, worker: _Worker) -> None:
         worker.kill()
         self._workers.remove(worker)
+        self._killed = [*(dying for dying in self._killed if dying.process.poll() is None), worker]
 
     def _stop(self) -> None:
         for worker in list(self._workers):
             self._drop(worker)
+        for worker in self._killed:
+            worker.process.wait()
 
     def close(self) -> None:
         """End every worker. Waits for a batch in another thread; a second call does nothing."""
