@@ -25,9 +25,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fura_rl.rewards import MathVerifier
 from rich.console import Console
 from rich.table import Table
+
+from fura_rl.rewards import MathVerifier
 
 CHARS_PER_TOKEN = 4
 

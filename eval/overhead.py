@@ -1,7 +1,7 @@
 """What evaluation adds to bare generation: `python -m fura_rl.eval.overhead --model M --data-dir D`.
 
-Draws the same greedy completions of MATH-500 with `llm.generate` and with `evaluate` (progress and journal included), in
-turns, on one engine, and prints seconds, tokens/s and the ratio; JSON is the last line.
+Draws the same greedy completions of MATH-500 with `llm.generate` and with `evaluate` (progress and journal included),
+in turns, on one engine, and prints seconds, tokens/s and the ratio; JSON is the last line.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ def main(
     eager: Annotated[bool, typer.Option(help="No compilation.")] = False,
 ) -> None:
     """Measures evaluation against bare generation on the same prompts."""
-    from fura_rl.rewards import MathVerifier
     from vllm import SamplingParams
+
+    from fura_rl.rewards import MathVerifier
 
     tokenizer = load_tokenizer(model)
     benchmark = load_benchmark("math500", data_dir, limit)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
 from fura_rl.eval import Sample
 from fura_rl.rewards import MathVerifier
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 # For the processes that tests start.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

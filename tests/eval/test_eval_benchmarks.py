@@ -7,11 +7,11 @@ import sys
 from dataclasses import replace
 
 import pytest
+
+from fura_rl.errors import FuraError
 from fura_rl.eval import SPECS, load_benchmark
 from fura_rl.eval.benchmarks import aime24, amc23, gsm8k, minerva_math, olympiadbench
 from fura_rl.eval.benchmarks.base import from_rows
-
-from fura_rl.errors import FuraError
 
 LOCAL = {"math500": 500, "aime25": 30, "aime24": 30, "amc23": 40, "gsm8k": 1319}
 

@@ -10,12 +10,12 @@ import time
 import pytest
 import torch
 import typer
-from fura_rl.eval.commands import eval_command
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from fura_rl.adapter import FuraConfig
 from fura_rl.errors import FuraError
+from fura_rl.eval.commands import eval_command
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -269,9 +269,8 @@ def test_mistakes_are_one_sentence_and_leave_nothing_behind(tiny_model, sums, wr
 
 
 def test_merged_checkpoint_needs_space(tiny_model, adapters, tmp_path, monkeypatch):
-    from fura_rl.eval import models
-
     from fura_rl.errors import FuraError
+    from fura_rl.eval import models
 
     usage = models.shutil.disk_usage(tmp_path)._replace(free=10_000)
     monkeypatch.setattr(models.shutil, "disk_usage", lambda path: usage)
@@ -283,8 +282,9 @@ def test_merged_checkpoint_needs_space(tiny_model, adapters, tmp_path, monkeypat
 
 
 def test_model_card_of_the_long_preset(tiny_model, tmp_path):
-    from fura_rl.eval.commands import resolve_sampling
     from transformers import GenerationConfig
+
+    from fura_rl.eval.commands import resolve_sampling
 
     GenerationConfig(temperature=0.7, top_p=0.8, top_k=30, do_sample=True).save_pretrained(tmp_path)
     card = resolve_sampling("long", str(tmp_path), ["math500"], {"seed": 3, "top_k": None})["math500"]

@@ -4,13 +4,13 @@ import json
 import re
 
 import pytest
+
+from fura_rl.errors import FuraError
 from fura_rl.eval import Sampling, evaluate, load_benchmark
 from fura_rl.eval import statistics as stats
 from fura_rl.eval.commands import compare_command
 from fura_rl.eval.compare import compare, markdown
 from fura_rl.eval.results import read_results, write_results
-
-from fura_rl.errors import FuraError
 from fura_rl.prompts import load_prompt
 
 RUN = {"command": ["fura-rl"], "model": {"model": "m"}, "engine": {"engine": "script"}, "versions": {}}

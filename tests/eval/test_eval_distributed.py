@@ -6,8 +6,8 @@ import textwrap
 from ast import literal_eval
 
 import pytest
-from fura_rl.eval import Sampling, TransformersSampler, evaluate, load_benchmark
 
+from fura_rl.eval import Sampling, TransformersSampler, evaluate, load_benchmark
 from fura_rl.prompts import load_prompt
 
 RUN = """

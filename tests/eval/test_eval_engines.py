@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from fura_rl.eval import Request, Sampling, TransformersSampler, VLLMSampler
 
 from fura_rl.errors import FuraError
+from fura_rl.eval import Request, Sampling, TransformersSampler, VLLMSampler
 
 GREEDY = Sampling(temperature=0.0, max_tokens=24)
 TEXTS = ["What is 1 + 1?", "Hi", "A considerably longer prompt, so that padding has something to do.", "x"]

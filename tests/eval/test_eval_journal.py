@@ -5,10 +5,10 @@ import subprocess
 import sys
 
 import pytest
-from fura_rl.eval import Sampling, evaluate, load_benchmark
-from fura_rl.eval.journal import Journal
 
 from fura_rl.errors import FuraError
+from fura_rl.eval import Sampling, evaluate, load_benchmark
+from fura_rl.eval.journal import Journal
 from fura_rl.prompts import load_prompt
 
 SAMPLED = Sampling(temperature=1.0, n=2, max_tokens=200)

@@ -4,12 +4,12 @@ import json
 import random
 
 import pytest
+
+from fura_rl.errors import FuraError
 from fura_rl.eval import load_benchmark
 from fura_rl.eval.benchmarks import Problem
 from fura_rl.eval.commands import overlap_command
 from fura_rl.eval.overlap import jaccard, ngrams, overlap, summarise, tokens
-
-from fura_rl.errors import FuraError
 
 
 def test_known_near_duplicates_of_math500_are_found(shared_data):

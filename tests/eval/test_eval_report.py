@@ -5,10 +5,10 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+
 from fura_rl.eval import Sampling, evaluate, load_benchmark, report
 from fura_rl.eval.report import write_report
 from fura_rl.eval.results import read_results, write_results
-
 from fura_rl.prompts import load_prompt
 
 RUN = {

@@ -4,11 +4,11 @@ import json
 import re
 
 import pytest
+
+from fura_rl.errors import FuraError
 from fura_rl.eval import PRESETS, Sampling, evaluate, load_benchmark
 from fura_rl.eval import statistics as stats
 from fura_rl.eval.sampling import sample_seed
-
-from fura_rl.errors import FuraError
 from fura_rl.prompts import load_prompt
 
 PROMPT = load_prompt("boxed")

@@ -12,10 +12,10 @@ import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from fura_rl.eval import Request, Sampling, TransformersSampler
-from fura_rl.eval.server import ServerSampler
 
 from fura_rl.errors import FuraError
+from fura_rl.eval import Request, Sampling, TransformersSampler
+from fura_rl.eval.server import ServerSampler
 
 GREEDY = Sampling(max_tokens=8)
 

@@ -5,9 +5,10 @@ from itertools import combinations, product
 
 import numpy as np
 import pytest
-from fura_rl.eval import statistics as stats
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fura_rl.eval import statistics as stats
 
 REPETITIONS = 4_000  # standard error of a coverage of 95%: 0.34 points
 

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from fura_rl.rewards import MathVerifier
-from fura_rl.rewards.audit import audit, audit_command
 
 from fura_rl.errors import FuraError
+from fura_rl.rewards import MathVerifier
+from fura_rl.rewards.audit import audit, audit_command
 
 RECORDS = [
     {"completion": r"so 5: \boxed{5}", "answer": "5"},  # all agree

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
 from fura_rl.rewards import MathVerifier, extract_answer
 
 

@@ -1,6 +1,7 @@
 r"""Pairs of answers that are equal, and pairs that look alike and are not: by the exact path and by algebra."""
 
 import pytest
+
 from fura_rl.rewards import MathVerifier
 from fura_rl.rewards.canonical import canonical, compact
 from fura_rl.rewards.equivalence import compare

@@ -1,6 +1,7 @@
 r"""What counts as the answer of a completion: the last closed box, and the fallbacks."""
 
 import pytest
+
 from fura_rl.rewards import extract_answer
 from fura_rl.rewards.extraction import MAX_ANSWER_CHARS, extract_boxes, extract_reference, last_number
 

@@ -5,10 +5,10 @@ import pickle
 from collections import defaultdict
 
 import pytest
-from fura_rl.rewards import MathVerifier, load_rewards
-from fura_rl.rewards.messages import text_of
 
 from fura_rl.errors import FuraError
+from fura_rl.rewards import MathVerifier, load_rewards
+from fura_rl.rewards.messages import text_of
 
 NAMES = ["accuracy", "format", "soft_overlong", "repetition", "cosine_length"]
 

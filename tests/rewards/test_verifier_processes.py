@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
-from fura_rl.rewards import MathVerifier
 from light_import import PRELUDE
 
 from fura_rl.errors import FuraError
+from fura_rl.rewards import MathVerifier
 
 # Neither can be decided without algebra; the second outlasts every deadline.
 EASY = (r"\boxed{(x+1)(x-1)}", "x^2-1")

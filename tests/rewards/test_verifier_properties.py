@@ -3,9 +3,10 @@
 import time
 
 import pytest
-from fura_rl.rewards import MathVerifier
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from fura_rl.rewards import MathVerifier
 
 TIMEOUT = 2.0
 
