@@ -5,9 +5,10 @@ Forward reads `x` once and writes `y` once. Backward reads `x` and the incoming 
 reduction adds the shares in a fixed order: no atomics, so that two runs give the same bits. Nothing is saved for the
 backward pass but `x` and `D`.
 
-Products accumulate in float32 and are rounded once. Block sizes need not be powers of two: tiles are masked, and blocks
-of more than 128 are split into tiles. Only the last dimension of `x` and `g` has to be contiguous and their rows evenly
-spaced; anything else is copied first.
+Products accumulate in float32 and are rounded once; float32 operands are multiplied as three products of their TF32
+halves, which keeps float32's digits on matrix units. Block sizes need not be powers of two: tiles are masked, and
+blocks too large for one tile are split into several. Only the last dimension of `x` and `g` has to be contiguous and
+their rows evenly spaced; anything else is copied first.
 
 The launch parameters are a fixed function of block size, dtype and device, not autotuned: the number of shares sets the
 order of the sum, so a choice by timing would change the gradients from run to run.
@@ -23,8 +24,15 @@ import torch
 import triton
 import triton.language as tl
 
-ONE_TILE = 128  # blocks up to this size are one tile
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@triton.jit
+def _dot(a, c, INTERPRETED: tl.constexpr):
+    """`a @ c` summed in float32. The interpreter multiplies the bit patterns of bf16, so it gets float32."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), c.to(tl.float32))
+    return tl.dot(a, c, input_precision="tf32x3")
 
 
 @triton.jit
@@ -43,6 +51,7 @@ def _transform_kernel(
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     """`y = x + x D^T` for one tile of output columns of one block, over every `num_programs(1)`-th group of rows."""
     pid = tl.program_id(0)
@@ -61,13 +70,13 @@ def _transform_kernel(
         ).to(x_ptr.dtype.element_ty)
         for first in tl.range(tl.program_id(1) * ROWS, num_rows, tl.num_programs(1) * ROWS, num_stages=STAGES):
             mask = (r < num_rows - first)[:, None] & (i < b)[None, :]
-            x_ri = tl.load(x_ptr + first.to(tl.int64) * x_stride + r[:, None] * x_stride + i[None, :], mask, 0.0)
-            y_ro = x_ri.to(tl.float32) + tl.dot(x_ri, delta_io, input_precision="ieee")
-            y_rows = y_ptr + first.to(tl.int64) * y_stride + r[:, None] * y_stride + o[None, :]
+            x_ri = tl.load(x_ptr + (first + r).to(tl.int64)[:, None] * x_stride + i[None, :], mask, 0.0)
+            y_ro = x_ri.to(tl.float32) + _dot(x_ri, delta_io, INTERPRETED)
+            y_rows = y_ptr + (first + r).to(tl.int64)[:, None] * y_stride + o[None, :]
             tl.store(y_rows, y_ro.to(y_ptr.dtype.element_ty), mask)
     else:
         for first in range(tl.program_id(1) * ROWS, num_rows, tl.num_programs(1) * ROWS):
-            x_rows = x_ptr + first.to(tl.int64) * x_stride + r[:, None] * x_stride
+            x_rows = x_ptr + (first + r).to(tl.int64)[:, None] * x_stride
             in_rows = (r < num_rows - first)[:, None]
             mask = in_rows & (o < b)[None, :]
             y_ro = tl.load(x_rows + o[None, :], mask, 0.0).to(tl.float32)
@@ -79,8 +88,8 @@ def _transform_kernel(
                     mask=(k < b)[:, None] & (o < b)[None, :],
                     other=0.0,
                 ).to(x_ptr.dtype.element_ty)
-                y_ro += tl.dot(x_rk, delta_ko, input_precision="ieee")
-            y_rows = y_ptr + first.to(tl.int64) * y_stride + r[:, None] * y_stride + o[None, :]
+                y_ro += _dot(x_rk, delta_ko, INTERPRETED)
+            y_rows = y_ptr + (first + r).to(tl.int64)[:, None] * y_stride + o[None, :]
             tl.store(y_rows, y_ro.to(y_ptr.dtype.element_ty), mask)
 
 
@@ -103,6 +112,7 @@ def _gradient_kernel(
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     WITH_DX: tl.constexpr,
 ):
     """One share of `dD = g^T x` for one tile of one block; with WITH_DX (one tile a block) also `dx = g + g D`."""
@@ -126,16 +136,16 @@ def _gradient_kernel(
     for first in tl.range(tl.program_id(1) * ROWS, num_rows, tl.num_programs(1) * ROWS, num_stages=STAGES):
         in_rows = (r < num_rows - first)[:, None]
         g_ro = tl.load(
-            g_ptr + first.to(tl.int64) * g_stride + r[:, None] * g_stride + o[None, :], in_rows & (o < b)[None, :], 0.0
+            g_ptr + (first + r).to(tl.int64)[:, None] * g_stride + o[None, :], in_rows & (o < b)[None, :], 0.0
         )
         x_ri = tl.load(
-            x_ptr + first.to(tl.int64) * x_stride + r[:, None] * x_stride + i[None, :], in_rows & (i < b)[None, :], 0.0
+            x_ptr + (first + r).to(tl.int64)[:, None] * x_stride + i[None, :], in_rows & (i < b)[None, :], 0.0
         )
         if WITH_DX:
-            dx_ri = g_ro.to(tl.float32) + tl.dot(g_ro, delta_oi, input_precision="ieee")
-            dx_rows = dx_ptr + first.to(tl.int64) * dx_stride + r[:, None] * dx_stride + i[None, :]
+            dx_ri = g_ro.to(tl.float32) + _dot(g_ro, delta_oi, INTERPRETED)
+            dx_rows = dx_ptr + (first + r).to(tl.int64)[:, None] * dx_stride + i[None, :]
             tl.store(dx_rows, dx_ri.to(dx_ptr.dtype.element_ty), in_rows & (i < b)[None, :])
-        sum_oi += tl.dot(tl.trans(g_ro), x_ri, input_precision="ieee")
+        sum_oi += _dot(tl.trans(g_ro), x_ri, INTERPRETED)
     # partial: (shares, n, b, b)
     share_ptr = partial_ptr + (tl.program_id(1) * num_blocks + block).to(tl.int64) * (b * b)
     tl.store(share_ptr + o[:, None] * b + i[None, :], sum_oi, mask=block_mask)
@@ -167,20 +177,20 @@ def _processors(index: int) -> int:
 
 
 def transform_launch(b: int, dtype: torch.dtype) -> Launch:
-    if b > ONE_TILE:
-        return Launch(tile=64, rows=64, residents=8, warps=4, stages=1)
     tile = max(16, triton.next_power_of_2(b))
     if dtype == torch.float32:
-        return Launch(tile, rows=32, residents=4, warps=4, stages=1)
-    return Launch(tile, rows=64, residents=4, warps=4, stages=3)
+        return Launch(min(tile, 64), rows=32, residents=4, warps=4, stages=1)
+    if tile > 128:
+        return Launch(32, rows=64, residents=8, warps=4, stages=1)
+    return Launch(tile, rows=64, residents=4, warps=8 if tile > 64 else 4, stages=3)
 
 
 def gradient_launch(b: int, dtype: torch.dtype) -> Launch:
-    if b > ONE_TILE:
-        return Launch(tile=64, rows=64, residents=4, warps=4, stages=1)
     tile = max(16, triton.next_power_of_2(b))
     if dtype == torch.float32:
-        return Launch(tile, rows=32, residents=2, warps=8 if tile > 64 else 4, stages=1)
+        return Launch(min(tile, 64), rows=32, residents=2, warps=4, stages=1)
+    if tile > 128:
+        return Launch(64, rows=64, residents=4, warps=4, stages=3)
     return Launch(tile, rows=64, residents=2, warps=8 if tile > 64 else 4, stages=3)
 
 
@@ -190,7 +200,7 @@ def _rows(x: torch.Tensor, num_features: int) -> torch.Tensor:
     return x_TK if x_TK.stride(1) == 1 else x_TK.contiguous()
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
+def on_device(device: torch.device) -> contextlib.AbstractContextManager:
     """Triton launches on the current device, which need not be the tensors'."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
@@ -205,7 +215,7 @@ def run_transform(x: torch.Tensor, delta: torch.Tensor, launch: Launch | None = 
     if num_rows:
         launch = launch or transform_launch(b, x.dtype)
         programs = n * triton.cdiv(b, launch.tile)
-        with _on(x.device):
+        with on_device(x.device):
             _transform_kernel[(programs, launch.shares(num_rows, programs, x.device))](
                 x_TK,
                 delta,
@@ -219,6 +229,7 @@ def run_transform(x: torch.Tensor, delta: torch.Tensor, launch: Launch | None = 
                 TILE=launch.tile,
                 ROWS=launch.rows,
                 STAGES=launch.stages,
+                INTERPRETED=INTERPRETED,
                 num_warps=launch.warps,
             )
     return y_TK.view(x.shape)
@@ -228,18 +239,18 @@ def run_gradient(
     g: torch.Tensor, x: torch.Tensor, delta: torch.Tensor, with_dx: bool, launch: Launch | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     n, b, _ = delta.shape
-    if with_dx and b > ONE_TILE:
+    launch = launch or gradient_launch(b, x.dtype)
+    if with_dx and b > launch.tile:
         return run_transform(g, delta.mT), run_gradient(g, x, delta, False, launch)[1]
     g_TK, x_TK = _rows(g, n * b), _rows(x, n * b)
     num_rows = len(x_TK)
     dx_TK = torch.empty_like(g_TK, memory_format=torch.contiguous_format) if with_dx else g_TK.new_empty(0, n * b)
     if not num_rows:
         return dx_TK.view(x.shape) if with_dx else dx_TK, torch.zeros_like(delta)
-    launch = launch or gradient_launch(b, x.dtype)
     programs = n * triton.cdiv(b, launch.tile) ** 2
     shares = launch.shares(num_rows, programs, x.device)
     partial_snbb = torch.empty(shares, n, b, b, dtype=torch.float32, device=x.device)
-    with _on(x.device):
+    with on_device(x.device):
         _gradient_kernel[(programs, shares)](
             g_TK,
             x_TK,
@@ -256,6 +267,7 @@ def run_gradient(
             TILE=launch.tile,
             ROWS=launch.rows,
             STAGES=launch.stages,
+            INTERPRETED=INTERPRETED,
             WITH_DX=with_dx,
             num_warps=launch.warps,
         )

@@ -3,10 +3,42 @@
 Everything works on the difference `D = M - I` of the block multiplier `M` (n, b, b): near the start `M` is close to
 `I`, where bf16 resolves only 2^-8, while `D` keeps its digits and is exactly zero at the start.
 
+On a CUDA device the two that training calls, `block_delta` and `block_transform`, run as Triton kernels, elsewhere as
+plain torch, which also serves float64 and large blocks. The environment variable FURA_KERNELS, "triton" or "torch",
+forces one of the two; "auto" is the default.
+
 Shapes: n blocks, b block size, K = n * b features of the adapted side, `*` any leading dimensions.
 """
 
+import os
+from importlib.util import find_spec
+
 import torch
+
+from .errors import AdapterError
+
+CHOICES = ("auto", "triton", "torch")
+kernel_choice = os.environ.get("FURA_KERNELS", "auto")
+if kernel_choice not in CHOICES:
+    raise AdapterError(f"FURA_KERNELS is {kernel_choice!r}; it must be one of {', '.join(CHOICES)}.")
+# Importing Triton takes a second, so only where it can be of use. "triton" on a CPU is for Triton's interpreter.
+HAVE_KERNELS = find_spec("triton") is not None and (torch.version.cuda is not None or kernel_choice == "triton")
+if HAVE_KERNELS:
+    from . import delta_kernels, kernels
+
+# Products of larger blocks are bound by arithmetic rather than memory, which the library's matrix products do best.
+LARGEST_KERNEL_BLOCK = 256
+
+
+def use_kernels(tensor: torch.Tensor, block_size: int) -> bool:
+    """Whether blocks of this size, applied to `tensor`, go through the kernels."""
+    if not HAVE_KERNELS or kernel_choice == "torch" or block_size > LARGEST_KERNEL_BLOCK:
+        return False
+    if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return False
+    return kernel_choice == "triton" or (
+        tensor.is_cuda and torch.cuda.get_device_properties(tensor.device).major >= 8  # bf16 on matrix units
+    )
 
 
 def block_delta(
@@ -32,6 +64,8 @@ def block_delta(
         scale_nb: ds, the trained difference of the singular values; None if they are frozen.
         merged: the core carries the singular values.
     """
+    if basis_nbb is not None and core_nbb.dtype == torch.float32 and use_kernels(core_nbb, core_nbb.shape[-1]):
+        return delta_kernels.block_delta(basis_nbb, sigma_nb, core_nbb, scale_nb, merged)
     if merged:
         inner_nbb = core_nbb if sigma_nb is None else core_nbb / sigma_nb.unsqueeze(-1)
     elif scale_nb is None:
@@ -61,6 +95,8 @@ def block_transform(x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
         (*, K) in the dtype of `x`; exactly `x` where `delta` is zero.
     """
     n, b, _ = delta.shape
+    if use_kernels(x, b):
+        return kernels.block_transform(x, delta)
     x_nTb = x.reshape(-1, n, b).transpose(0, 1)
     y_nTb = torch.baddbmm(x_nTb, x_nTb, delta.to(x.dtype).mT)
     # contiguous as a layer's input usually is: a matrix product over other strides may round differently

@@ -1,0 +1,299 @@
+r"""One training step, side by side: FuRA, its published form, LoRA, DoRA, OFT, full fine-tuning, and the floor.
+
+    python benchmarks/train_step.py [--layers 28] [--tokens 16384] [--checkpointing] [--compile] [--rows lora_r32 fura]
+
+Qwen3-1.7B's decoder layers with random weights in bf16, under bf16 autocast as trainers run it; without embedding and
+output head, which no method touches. A step is forward, backward and AdamW (fused) on `--tokens` tokens in sequences of
+`--sequence`. All seven projections of a layer are adapted.
+
+- `floor`: the frozen model forward and backward to its input. No adapter can be faster.
+- `full`: all weights trained in bf16, optimiser state too. The other trained tensors are float32, as PEFT makes them.
+- `published`: `W = L S R` by blocks with `L` stored in place of `W`, `S` folded into `L` in each forward, `R` and `S`
+  trained in bf16: the paper's code, written out here.
+- `fura`: this project with its kernels; `fura_torch`: the same without them.
+
+All methods run in one process. Frozen weights are one copy in memory; a method's peak counts them and whatever else it
+needs, and leaves out other methods and the batch. Each round visits the methods in another order, with one step of
+warm-up at each visit. Table of medians, then JSON on the last line. `--tiny` runs small shapes on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import peft
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import Qwen3Config, Qwen3Model
+
+from fura_rl.adapter import FuraConfig, transform
+from fura_rl.adapter.basis import closest_block_size
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+QWEN3_1_7B = dict(hidden_size=2048, intermediate_size=6144, num_attention_heads=16, num_key_value_heads=8, head_dim=128)
+TINY = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+
+
+class PublishedFura(nn.Module):
+    """`y = (L diag(s)) blockdiag(R) x`, with `L` (out, in) of orthonormal columns by blocks stored in place of `W`."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach()
+        b = min(closest_block_size(linear.in_features), linear.out_features)
+        blocks = weight.float().reshape(linear.out_features, -1, b).transpose(0, 1)  # (n, out, b)
+        left, sigma, right = torch.linalg.svd(blocks, full_matrices=False)
+        self.register_buffer("left", left.transpose(0, 1).reshape(weight.shape).to(weight.dtype))
+        self.s = nn.Parameter(sigma.flatten().to(weight.dtype))
+        self.core = nn.Parameter(right.to(weight.dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, b, _ = self.core.shape
+        x_nTb = x.reshape(-1, n, b).transpose(0, 1)
+        z = torch.bmm(x_nTb, self.core.mT).transpose(0, 1).reshape(x.shape)
+        return nn.functional.linear(z, self.left * self.s)
+
+
+def published(model: nn.Module) -> nn.Module:
+    model.requires_grad_(False)
+    for layer in model.layers:
+        for room in (layer.self_attn, layer.mlp):
+            for name, child in list(room.named_children()):
+                if name in PROJECTIONS:
+                    setattr(room, name, PublishedFura(child))
+    return model
+
+
+def with_adapter(config: peft.PeftConfig) -> Callable[[nn.Module], nn.Module]:
+    config.target_modules = PROJECTIONS
+    return lambda model: peft.get_peft_model(model, config)
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    return model.requires_grad_(False)
+
+
+METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "floor": frozen,
+    "full": lambda model: model.requires_grad_(True),
+    "lora_r32": with_adapter(peft.LoraConfig(r=32, lora_alpha=64)),
+    "lora_r64": with_adapter(peft.LoraConfig(r=64, lora_alpha=128)),
+    "dora_r32": with_adapter(peft.LoraConfig(r=32, lora_alpha=64, use_dora=True)),
+    "oft": with_adapter(peft.OFTConfig()),
+    "published": published,
+    "fura": with_adapter(FuraConfig()),
+    "fura_torch": with_adapter(FuraConfig()),
+}
+OWN_WEIGHTS = {"full", "published"}  # these do without the shared frozen weights
+
+
+@dataclass
+class Row:
+    """One method: its model, and what was measured. Memory in bytes, times in ms."""
+
+    name: str
+    model: nn.Module
+    init_seconds: float
+    own_bytes: int = 0
+    optimizer: torch.optim.Optimizer | None = None
+    trainable: int = 0
+    step_ms: list[float] = field(default_factory=list)
+    extra_bytes: int = 0  # the most that a step allocates on top of what stays
+    failed: str | None = None
+
+
+class Bench:
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.device = torch.device("cpu" if args.tiny else "cuda")
+        self.dtype = torch.bfloat16
+        shape = TINY if args.tiny else QWEN3_1_7B
+        config = Qwen3Config(
+            **shape, num_hidden_layers=args.layers, vocab_size=8, max_position_embeddings=args.sequence
+        )
+        torch.manual_seed(0)
+        with torch.device(self.device):
+            self.base = Qwen3Model._from_config(config, dtype=self.dtype, attn_implementation="sdpa")
+        self.base.requires_grad_(False)
+        batch = (args.tokens // args.sequence, args.sequence, config.hidden_size)
+        self.inputs = torch.randn(batch, device=self.device, dtype=self.dtype)
+        self.gradient = torch.randn(batch, device=self.device, dtype=self.dtype) / self.inputs.numel() ** 0.5
+
+    def allocated(self) -> int:
+        return 0 if self.device.type == "cpu" else torch.cuda.memory_allocated()
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def build(self, name: str) -> Row:
+        """The method on a model that shares the frozen weights, but for full fine-tuning, which needs its own."""
+        before = self.allocated()
+        shared = {} if name == "full" else {id(p): p for p in self.base.parameters()}
+        model = copy.deepcopy(self.base, shared)
+        self.synchronize()
+        start = time.perf_counter()
+        model = METHODS[name](model)
+        self.synchronize()
+        row = Row(name, model.train(), time.perf_counter() - start)
+        if self.args.checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.args.compile:
+            for module in model.modules():
+                if type(module).__name__ == "Qwen3DecoderLayer":
+                    module.compile()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        row.trainable = sum(p.numel() for p in trained)
+        if trained:
+            row.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+        row.own_bytes = self.allocated() - before
+        return row
+
+    def step(self, row: Row) -> None:
+        # the floor has nothing to train: its backward pass runs to the input
+        inputs = self.inputs.detach().requires_grad_(row.name == "floor")
+        with torch.autocast(self.device.type, self.dtype):
+            hidden = row.model(inputs_embeds=inputs, use_cache=False).last_hidden_state
+        hidden.backward(self.gradient)
+        if row.optimizer is not None:
+            row.optimizer.step()
+            row.optimizer.zero_grad()
+
+    def timed(self, step: Callable[[], None]) -> float:
+        if self.device.type == "cpu":
+            start = time.perf_counter()
+            step()
+            return (time.perf_counter() - start) * 1e3
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        step()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end)
+
+    def visit(self, row: Row, steps: int) -> None:
+        """One step of warm-up, then timed ones; the first visit also settles the optimiser's state."""
+        transform.kernel_choice = "torch" if row.name == "fura_torch" else "auto"
+        try:
+            before = self.allocated()
+            for _ in range(1 if row.step_ms else 3):
+                self.step(row)
+            row.own_bytes += self.allocated() - before
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            before = self.allocated()
+            row.step_ms += [self.timed(lambda: self.step(row)) for _ in range(steps)]
+            if self.device.type == "cuda":
+                row.extra_bytes = max(row.extra_bytes, torch.cuda.max_memory_allocated() - before)
+        except torch.OutOfMemoryError:
+            row.failed, row.optimizer = "out of memory", None
+            row.model = nn.Module()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the next method's sizes differ: none may fail on another's leftovers
+
+    def run(self) -> list[Row]:
+        rows = []
+        for name in self.args.rows:
+            rows.append(self.build(name))
+            print(f"built {name} in {rows[-1].init_seconds:.2f} s", file=sys.stderr, flush=True)
+        for turn in range(self.args.rounds):
+            order = rows[turn % len(rows) :] + rows[: turn % len(rows)]
+            for row in order[:: 1 if turn % 2 == 0 else -1]:
+                if row.failed is None:
+                    self.visit(row, self.args.steps // self.args.rounds)
+            print(f"round {turn + 1} of {self.args.rounds}", file=sys.stderr, flush=True)
+        return rows
+
+    def peak_gib(self, row: Row) -> float | None:
+        if self.device.type == "cpu":
+            return None
+        shared = 0 if row.name in OWN_WEIGHTS else sum(p.nbytes for p in self.base.parameters())
+        return (shared + row.own_bytes + row.extra_bytes) / 2**30
+
+
+def summary(bench: Bench, rows: list[Row]) -> list[dict]:
+    measured = {row.name: statistics.median(row.step_ms) for row in rows if row.failed is None}
+    results = []
+    for row in rows:
+        ms, peak = measured.get(row.name), None if row.failed else bench.peak_gib(row)
+        results.append(
+            dict(
+                method=row.name,
+                ms=ms,
+                to_lora=ms / measured["lora_r32"] if ms and "lora_r32" in measured else None,
+                to_floor=ms / measured["floor"] if ms and "floor" in measured else None,
+                spread_ms=[min(row.step_ms), max(row.step_ms)] if ms else None,
+                peak_gib=peak,
+                trainable=row.trainable,
+                init_seconds=row.init_seconds,
+                failed=row.failed,
+            )
+        )
+    return results
+
+
+def table(results: list[dict], title: str) -> Table:
+    columns = {
+        "step ms": ("ms", ".1f"),
+        "/ LoRA r=32": ("to_lora", ".3f"),
+        "/ floor": ("to_floor", ".3f"),
+        "peak GiB": ("peak_gib", ".2f"),
+        "trainable": ("trainable", ",d"),
+        "init s": ("init_seconds", ".2f"),
+    }
+    table = Table(title=title, title_justify="left")
+    table.add_column("method")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for result in results:
+        cells = ["-" if result[key] is None else format(result[key], spec) for key, spec in columns.values()]
+        if result["failed"]:
+            cells[0] = result["failed"]
+        table.add_row(result["method"], *cells)
+    return table
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--tokens", type=int, default=16384, help="tokens a step")
+    parser.add_argument("--sequence", type=int, default=2048, help="tokens a sequence")
+    parser.add_argument("--steps", type=int, default=12, help="timed steps of each method")
+    parser.add_argument("--rounds", type=int, default=3, help="visits of each method")
+    parser.add_argument(
+        "--rows", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=", ".join(METHODS)
+    )
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing of each decoder layer")
+    parser.add_argument("--compile", action="store_true", help="torch.compile of each decoder layer")
+    parser.add_argument("--tiny", action="store_true", help="small shapes on the CPU")
+    args = parser.parse_args()
+    if args.tiny:
+        args.layers, args.tokens, args.sequence, args.steps, args.rounds = 1, 32, 16, 2, 2
+        args.rows = [name for name in args.rows if name != "fura"]  # its kernels need a GPU
+    return args
+
+
+def main() -> None:
+    args = parse()
+    torch._dynamo.config.recompile_limit = 64  # the methods share the decoder layer's code
+    bench = Bench(args)
+    results = summary(bench, bench.run())
+    device = torch.cuda.get_device_name() if bench.device.type == "cuda" else "CPU"
+    title = f"{args.layers} layers, {args.tokens:,} tokens in sequences of {args.sequence:,}, {device}"
+    title += ", checkpointing" * args.checkpointing + ", compiled" * args.compile
+    Console(width=120).print(table(results, title))
+    print(json.dumps(dict(title=title, command=shlex.join(sys.argv), date=time.strftime("%Y-%m-%d"), rows=results)))
+
+
+if __name__ == "__main__":
+    main()
