@@ -127,6 +127,12 @@ class WorkerPool:
         while len(self._workers) < count:
             self._workers.append(_Worker(self.memory_limit))
 
+    def _greet(self) -> None:
+        """Give workers that no earlier batch waited for their time from now: their greeting may lie unread."""
+        for worker in self._workers:
+            if not worker.ready:
+                worker.deadline = time.monotonic() + _START_TIMEOUT_S
+
     def _check_start(self, now: float) -> None:
         if any(not worker.ready and now >= worker.deadline for worker in self._workers):
             raise FuraError(f"A grading worker did not start within {_START_TIMEOUT_S:.0f} s.")
@@ -158,6 +164,7 @@ class WorkerPool:
         batch_deadline = float("inf")
         overruns = 0
         wanted = min(self.size, len(requests))
+        self._greet()
         try:
             while waiting or any(worker.request is not None for worker in self._workers):
                 if waiting:

@@ -15,7 +15,7 @@ import pytest
 from light_import import PRELUDE
 
 from fura_rl.errors import FuraError
-from fura_rl.rewards import MathVerifier
+from fura_rl.rewards import MathVerifier, pool
 
 # Neither can be decided without algebra; the second outlasts every deadline.
 EASY = (r"\boxed{(x+1)(x-1)}", "x^2-1")
@@ -86,6 +86,16 @@ def test_an_idle_worker_that_died_is_replaced() -> None:
         verifier.start()
         os.kill(verifier.worker_pids[0], signal.SIGKILL)
         assert verifier.grade([EASY[0]], [EASY[1]])[0].correct
+
+
+@pytest.mark.slow
+def test_a_worker_that_no_batch_has_waited_for_is_not_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that one worker finishes alone leaves the other's greeting unread, for however long."""
+    monkeypatch.setattr(pool, "_START_TIMEOUT_S", 8.0)
+    with MathVerifier(workers=2) as verifier:
+        verifier._pool._fill(2)
+        time.sleep(9)
+        assert [grade.reason for grade in verifier.grade(*easy(4))] == ["correct"] * 4
 
 
 @pytest.mark.slow
