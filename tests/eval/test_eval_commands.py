@@ -11,7 +11,7 @@ import pytest
 import torch
 import typer
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from fura_rl.adapter import FuraConfig
 from fura_rl.errors import FuraError
@@ -160,15 +160,15 @@ def killed_half_way(arguments, out):
 def test_killed_and_run_again_gives_the_same_results(tiny_model, sums, tmp_path, engine):
     out = tmp_path / "out"
     arguments = ("--model", tiny_model, "-b", sums, "--out", out, "--engine", engine, "--dtype", "float32")
-    arguments += ("--max-tokens", 120, "--temperature", 1, "--samples", 4, "--batch-size", 4)
+    arguments += ("--max-tokens", 60, "--temperature", 1, "--samples", 2, "--batch-size", 4)
     evaluate(*arguments)
     whole = out.rename(tmp_path / "whole")
     finished = killed_half_way(arguments, out)
-    assert 5 <= finished < 96
+    assert 5 <= finished < 48
     assert not (out / "results.json").exists()
     evaluate(*arguments)
     timing = json.loads((out / "timing.json").read_text())
-    assert timing["reused"] >= finished - 1 and timing["reused"] + timing["sampled"] == 96
+    assert timing["reused"] >= finished - 1 and timing["reused"] + timing["sampled"] == 48
     for name in ("results.json", "samples.jsonl"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
 
@@ -183,25 +183,17 @@ def test_real_model_and_merged(smollm, tmp_path, write_jsonl):
     ]
     shared = ("-b", write_jsonl("two.jsonl", rows), "--prompt", "plain", "--max-tokens", 16, "--dtype", "float32")
     shared += ("--engine", "vllm", "--temperature", 0.8, "--samples", 2)
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(smollm, dtype=torch.float32),
-        FuraConfig(target_modules=["q_proj", "down_proj"]),
-    )
+    base = AutoModelForCausalLM.from_pretrained(smollm, dtype="auto")
+    model = get_peft_model(base, FuraConfig(target_modules=["q_proj", "down_proj"]))
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.003 * torch.randn_like(parameter))
     model.save_pretrained(tmp_path / "adapter")
-    merged = model.merge_and_unload()
-    merged.save_pretrained(tmp_path / "merged")
-    from transformers import AutoTokenizer
-
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
     AutoTokenizer.from_pretrained(smollm).save_pretrained(tmp_path / "merged")
-    base = AutoModelForCausalLM.from_pretrained(smollm, dtype=torch.float32)
-    base.save_pretrained(tmp_path / "base")
-    AutoTokenizer.from_pretrained(smollm).save_pretrained(tmp_path / "base")
-    evaluate("--model", tmp_path / "base", "--adapter", tmp_path / "adapter", "--out", tmp_path / "1", *shared)
+    evaluate("--model", smollm, "--adapter", tmp_path / "adapter", "--out", tmp_path / "1", *shared)
     evaluate("--model", tmp_path / "merged", "--out", tmp_path / "2", *shared)
     assert completions(tmp_path / "1") == completions(tmp_path / "2")
     assert results(tmp_path / "1")["scores"] == results(tmp_path / "2")["scores"]
