@@ -158,7 +158,8 @@ def block_delta(
 ) -> torch.Tensor:
     """`D` (n, b, b) in float32 of float32 tensors, as `transform.block_delta`; `core` may be a transposed view."""
     core = _dense(core)
-    basis, sigma, scale = _contiguous(basis, sigma, scale)
+    basis = basis.contiguous()
+    sigma, scale = _contiguous(sigma, scale)
     delta = torch.empty(core.shape, dtype=torch.float32, device=core.device)
     with on_device(core.device):
         _delta_kernel[_grid(core)](
@@ -184,7 +185,8 @@ def block_delta_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of `core` and of `scale` (empty if there is none)."""
     core = _dense(core)
-    basis, sigma, scale = _contiguous(basis, sigma, scale)
+    basis = basis.contiguous()
+    sigma, scale = _contiguous(sigma, scale)
     d_core = torch.empty_like(core)
     d_scale = core.new_empty(0 if scale is None else scale.shape)
     with on_device(core.device):
