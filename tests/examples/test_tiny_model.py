@@ -1,5 +1,6 @@
 """The checkpoint that the repository ships for the demo."""
 
+import random
 import sys
 from itertools import islice
 from pathlib import Path
@@ -12,7 +13,7 @@ TINY = Path(__file__).parents[2] / "examples" / "tiny"
 sys.path.insert(0, str(TINY))
 
 from flaws import RATES, attempt  # noqa: E402
-from pretrain import PROMPT, accuracy, question  # noqa: E402
+from pretrain import PROMPT, accuracy  # noqa: E402
 from problems import problems  # noqa: E402
 
 MODEL = TINY / "model"
@@ -57,10 +58,9 @@ def test_chat_template_round_trip(tokenizer):
     assert tokenizer.decode(ids) == expected
     prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
     assert expected.startswith(prompt)
-    assert (
-        PROMPT.token_ids("Mia has 23 apples.", tokenizer)
-        == ids[: len(PROMPT.token_ids("Mia has 23 apples.", tokenizer))]
-    )
+    prompt_ids = PROMPT.token_ids("Mia has 23 apples.", tokenizer)
+    assert tokenizer.decode(prompt_ids) == prompt
+    assert ids[: len(prompt_ids)] == prompt_ids
 
 
 @pytest.mark.parametrize(
@@ -70,22 +70,19 @@ def test_any_text_survives_encoding(tokenizer, text):
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_digits_are_tokens_and_texts_are_short(tokenizer):
+def test_digits_are_tokens_and_texts_fit_the_demo(tokenizer):
+    rng = random.Random(0)
     for problem in islice(problems("test", 4), 300):
+        assert len(PROMPT.token_ids(problem.text, tokenizer)) < 96
         for kind in RATES:
-            import random
-
-            text = attempt(problem, kind, random.Random(0))
+            text = attempt(problem, kind, rng)
             tokens = tokenizer.tokenize(text)
             assert len(tokens) < 96
-            assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"] or tokenizer.unk_token_id is None
-            assert sum(token.isdigit() for token in tokens) == sum(c.isdigit() for c in text)
-        assert len(PROMPT.token_ids(problem.text, tokenizer)) < 96
+            assert sum(token.isdigit() for token in tokens) == sum(character.isdigit() for character in text)
 
 
 @pytest.mark.slow
 def test_solves_between_30_and_50_percent_of_held_out_problems(model, tokenizer):
     torch.manual_seed(0)
     todo = list(islice(problems("test", 0), 512))
-    assert question(todo[0], tokenizer).startswith("<|im_start|>user\n")
     assert 0.30 <= accuracy(model, tokenizer, todo, sample=True) <= 0.50
