@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from fura_rl.errors import FuraError
@@ -39,28 +40,53 @@ class VLLMSampler:
         batch = uuid.uuid4().hex[:8]
         index_of = {f"eval-{batch}-{index}": index for index in range(len(requests))}
         samples: dict[int, Sample] = {}
-        try:
-            for request_id, index in index_of.items():
-                request = requests[index]
-                engine.add_request(request_id, {"prompt_token_ids": request.prompt_token_ids}, _vllm_params(request))
-            while engine.has_unfinished_requests():
-                for output in engine.step():
-                    if output.finished and output.request_id in index_of:
-                        index = index_of[output.request_id]
-                        samples[index] = _vllm_sample(output.outputs[0])
-                        if on_sample is not None:
-                            on_sample(index, samples[index])
-        except BaseException:
-            left = [request_id for request_id, index in index_of.items() if index not in samples]
-            engine.abort_request(left)
-            raise
+        with _prompts_kept_whole(engine) if self._splitting_is_fatal(requests) else nullcontext():
+            try:
+                for request_id, index in index_of.items():
+                    request = requests[index]
+                    prompt = {"prompt_token_ids": request.prompt_token_ids}
+                    engine.add_request(request_id, prompt, _vllm_params(request))
+                while engine.has_unfinished_requests():
+                    for output in engine.step():
+                        if output.finished and output.request_id in index_of:
+                            index = index_of[output.request_id]
+                            samples[index] = _vllm_sample(output.outputs[0])
+                            if on_sample is not None:
+                                on_sample(index, samples[index])
+            except BaseException:
+                engine.abort_request([request_id for request_id, index in index_of.items() if index not in samples])
+                raise
         return [samples[index] for index in range(len(requests))]
 
+    def _splitting_is_fatal(self, requests: list[Request]) -> bool:
+        """Whether these requests are seeded and the engine runs on a CPU: see `_prompts_kept_whole`."""
+        on_cpu = self.llm.llm_engine.vllm_config.device_config.device_type == "cpu"
+        return on_cpu and any(request.sampling.temperature > 0 for request in requests)
+
     def _check_lengths(self, requests: list[Request]) -> None:
-        limit = self.llm.llm_engine.model_config.max_model_len
+        config = self.llm.llm_engine.vllm_config
+        limit = config.model_config.max_model_len
+        if self._splitting_is_fatal(requests):
+            limit = min(limit, config.scheduler_config.max_num_batched_tokens + 1)
         longest = max((len(request.prompt_token_ids) for request in requests), default=0)
         if longest >= limit:
             raise FuraError(f"A prompt of {longest} tokens does not fit the engine's context of {limit} tokens.")
+
+
+@contextmanager
+def _prompts_kept_whole(engine: Any) -> Iterator[None]:
+    """Turns chunked prefill off for a while.
+
+    vLLM samples a token after each part of a split prompt, drops it, and rewinds the generator of a seeded request. A
+    CPU's generator cannot be rewound: the engine dies with "CPU Generator does not use offset" (vLLM 0.31). The setting
+    is read at each step by a scheduler in this process, which is where CPU engines have theirs.
+    """
+    config = engine.vllm_config.scheduler_config
+    before, config.enable_chunked_prefill = config.enable_chunked_prefill, False
+    try:
+        yield
+    finally:
+        config.enable_chunked_prefill = before
 
 
 def _vllm_params(request: Request) -> Any:

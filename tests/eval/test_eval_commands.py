@@ -147,7 +147,7 @@ def killed_half_way(arguments, out):
     process = start("eval", *arguments)
     samples = out / "samples.jsonl"
     deadline = time.monotonic() + 300
-    while not (samples.exists() and samples.read_bytes().count(b"\n") >= 5):
+    while not (samples.exists() and samples.read_bytes().count(b"\n") >= 3):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -156,15 +156,17 @@ def killed_half_way(arguments, out):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
-def test_killed_and_run_again_gives_the_same_results(tiny_model, sums, tmp_path, engine):
+@pytest.mark.parametrize(
+    ("engine", "max_tokens"), [("transformers", 30), pytest.param("vllm", 300, marks=pytest.mark.vllm)]
+)
+def test_killed_and_run_again_gives_the_same_results(tiny_model, sums, tmp_path, engine, max_tokens):
     out = tmp_path / "out"
     arguments = ("--model", tiny_model, "-b", sums, "--out", out, "--engine", engine, "--dtype", "float32")
-    arguments += ("--max-tokens", 60, "--temperature", 1, "--samples", 2, "--batch-size", 4)
+    arguments += ("--max-tokens", max_tokens, "--temperature", 1, "--samples", 2, "--batch-size", 4)
     evaluate(*arguments)
     whole = out.rename(tmp_path / "whole")
     finished = killed_half_way(arguments, out)
-    assert 5 <= finished < 48
+    assert 3 <= finished < 48
     assert not (out / "results.json").exists()
     evaluate(*arguments)
     timing = json.loads((out / "timing.json").read_text())

@@ -146,6 +146,19 @@ def test_vllm_seeds(tiny, llm):
 
 
 @pytest.mark.vllm
+def test_vllm_seeded_prompts_that_do_not_fit_one_step(tiny, llm):
+    """A prompt split over two steps and a seed kill vLLM 0.31 on a CPU; unseeded and greedy requests may be split."""
+    config = llm.llm_engine.vllm_config.scheduler_config
+    sampling = Sampling(temperature=1.0, max_tokens=3)
+    count = 2 * config.max_num_batched_tokens // 200
+    prompts = [[i % 256, *range(200)] for i in range(count)]
+    requests = [Request(prompt, sampling, i) for i, prompt in enumerate(prompts)]
+    together = VLLMSampler(llm).sample(requests)
+    assert [VLLMSampler(llm).sample([request])[0] for request in requests[:3]] == together[:3]
+    assert config.enable_chunked_prefill
+
+
+@pytest.mark.vllm
 def test_vllm_reports_samples_as_they_finish(tiny, llm):
     _, tokenizer = tiny
     prompt = tokenizer("What is 1 + 1?")["input_ids"]
