@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -94,7 +94,9 @@ def reading_weight(
         if backend is not None:
             yield _dequantise(source, backend, name)
         else:
-            with gather_params_ctx(source.weight, modifier_rank=None):
+            # DeepSpeed refuses to gather what a caller has gathered already
+            partitioned = hasattr(source.weight, "ds_id") and source.weight.numel() == 0
+            with gather_params_ctx(source.weight, modifier_rank=None) if partitioned else nullcontext():
                 weight = source.weight.data
                 yield weight.T if is_transposed(base_layer) else weight
     finally:

@@ -17,7 +17,7 @@ import torch
 from .errors import AdapterError
 
 SIGMA_FLOOR = 1e-4  # relative to a block's largest singular value: real weights have conditions of at most 100
-ROWS_PER_CHUNK = 1024  # bounds the float64 copy of W that the Gram matrix needs
+CHUNKS = 8  # of rows of W, of which the Gram matrix needs a float64 copy: one at a time is half a bf16 layer
 SMALL_BLOCK = 512
 
 
@@ -67,7 +67,7 @@ def block_gram(weight: torch.Tensor, block_size: int) -> torch.Tensor:
     """Gram matrices `W_j^T W_j` (n, b, b) in float64 of the column blocks of `weight` (out, in)."""
     n = weight.shape[1] // block_size
     gram_nbb = torch.zeros(n, block_size, block_size, dtype=torch.float64, device=weight.device)
-    for rows in weight.split(ROWS_PER_CHUNK):
+    for rows in weight.split(min(1024, max(64, weight.shape[0] // CHUNKS))):
         rows_nrb = rows.double().view(-1, n, block_size).transpose(0, 1)
         gram_nbb.baddbmm_(rows_nrb.mT, rows_nrb)
     return gram_nbb

@@ -66,7 +66,7 @@ class FuraModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's, with a progress bar where reading the bases takes more than two seconds."""
-        with tqdm(desc="FuRA: reading block bases", unit=" layers", delay=2, leave=False) as self._progress:
+        with tqdm(desc="FuRA: reading block bases", unit=" layers", delay=2, disable=None) as self._progress:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         del self._progress
 
@@ -121,6 +121,8 @@ class FuraModel(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         checked = prepare_tensors(model, adapter_name, state_dict)
+        if cast(FuraConfig, config).saved_form == "compact":
+            config.saved_form = "full"  # in memory, and where it is saved next
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, checked)
 
     def fura_layers(self) -> list[FuraLayer]:

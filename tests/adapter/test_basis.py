@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fura_rl.adapter import AdapterError
 from fura_rl.adapter.basis import block_basis, closest_block_size, fit_block_size, random_basis, resolve_block_size
@@ -78,6 +79,30 @@ def test_thread_count_is_left_alone():
     before = torch.get_num_threads()
     block_basis(torch.randn(16, 16), 4)
     assert torch.get_num_threads() == before
+
+
+class Largest(TorchDispatchMode):
+    """Records the bytes of the largest tensor that any operation returns, views of the input left out."""
+
+    def __init__(self, source: torch.Tensor) -> None:
+        super().__init__()
+        self.storage = source.untyped_storage().data_ptr()
+        self.nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() != self.storage:
+                self.nbytes = max(self.nbytes, tensor.nbytes)
+        return result
+
+
+@pytest.mark.parametrize("shape", [(8192, 512), (1024, 4096)])
+def test_no_temporary_is_larger_than_the_layer(shape):
+    weight = torch.randn(shape).bfloat16()
+    with Largest(weight) as largest:
+        block_basis(weight, closest_block_size(shape[1]))
+    assert 0 < largest.nbytes <= weight.nbytes
 
 
 def test_random_basis_is_orthogonal_and_seeded():

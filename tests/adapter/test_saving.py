@@ -52,7 +52,7 @@ def test_each_form_computes_the_same(tmp_path, form, options, low_cpu_mem_usage)
     model = trained_model(**options)
     folder = save_adapter(model, tmp_path, form)
     loaded = load(folder, biased_llama(), low_cpu_mem_usage=low_cpu_mem_usage)
-    assert loaded.peft_config["default"].saved_form == form
+    assert FuraConfig.from_pretrained(folder).saved_form == form
     tolerance = dict(rtol=0, atol=0) if form == "full" else dict(rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits(loaded), logits(model), **tolerance)
     torch.testing.assert_close(logits(loaded.merge_and_unload()), logits(model), rtol=1e-4, atol=1e-4)
@@ -65,6 +65,13 @@ def test_smaller_forms_are_smaller(tmp_path):
         sizes[form] = (folder / WEIGHTS).stat().st_size
         assert info(folder).file_bytes == sizes[form]
     assert sizes["delta"] < 0.7 * sizes["full"] and sizes["compact"] < 0.8 * sizes["full"]
+
+
+def test_an_adapter_loaded_from_the_compact_form_is_saved_in_full(tmp_path):
+    model = adapted_llama()
+    load(save_adapter(model, tmp_path / "a", "compact")).save_pretrained(tmp_path / "b")
+    assert info(tmp_path / "b").config.saved_form == "full"
+    assert torch.equal(logits(load(tmp_path / "b")), logits(model))
 
 
 def test_compact_form_trains_on_as_the_full_form_does(tmp_path):
