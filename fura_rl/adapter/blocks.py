@@ -9,11 +9,19 @@ from .basis import block_basis, random_basis
 from .config import Basis, FuraConfig, Side, SingularValues
 from .errors import AdapterError
 from .fingerprint import SAMPLES
-from .transform import block_delta, compose_deltas, merge_input_side, merge_output_side
+from .transform import (
+    block_delta,
+    block_multiply,
+    block_transform,
+    compose_deltas,
+    merge_input_side,
+    merge_output_side,
+    use_kernels,
+)
 
 
 class FuraBlocks(nn.Module):
-    """Trained and frozen blocks of one adapter on one layer; calling it gives `D = M - I` (n, b, b).
+    """Trained and frozen blocks of one adapter on one layer; calling it gives `D = M - I` (n, b, b), or `M x`.
 
     A module of its own, with a forward, so that DeepSpeed ZeRO-3 and FSDP gather its parameters before use.
 
@@ -77,18 +85,23 @@ class FuraBlocks(nn.Module):
         """Adapters that agree in this can share a basis."""
         return self.side, self.basis_kind, self.block_size
 
-    def forward(self) -> torch.Tensor:
-        """`D` (n, b, b) in float32 (float64 for a float64 base), differentiable."""
+    def forward(self, x: torch.Tensor | None = None) -> torch.Tensor:
+        """`x` (*, n * b) multiplied by `I + D`; without `x`, `D` (n, b, b) in float32 (float64 for a float64 base)."""
+        merged, transposed = self.singular_values == "merged", self.side == "output"
+        if x is not None and self.basis is not None and self.fold is None and use_kernels(x, self.block_size):
+            return block_multiply(
+                x, self.basis, self.sigma, self.core, self.scale, merged=merged, transposed=transposed
+            )
         # On the output side M = R diag(s) P is the transpose of the input side's P diag(s) R.
         with torch.autocast("cpu" if self.core.is_meta else self.core.device.type, enabled=False):
-            core = self.core if self.side == "input" else self.core.mT
-            delta = block_delta(self.basis, self.sigma, core, self.scale, merged=self.singular_values == "merged")
-            if self.side == "output":
+            core = self.core.mT if transposed else self.core
+            delta = block_delta(self.basis, self.sigma, core, self.scale, merged=merged)
+            if transposed:
                 delta = delta.mT
-            if self.fold is None:
-                return delta
-            first, then = (self.fold, delta) if self.side == "input" else (delta, self.fold)
-            return compose_deltas(first, then)
+            if self.fold is not None:
+                first, then = (delta, self.fold) if transposed else (self.fold, delta)
+                delta = compose_deltas(first, then)
+        return delta if x is None else block_transform(x, delta)
 
     def multiply(self, weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
         """`W (I + D)` or `(I + D) W` of `weight` (out, in), as a new tensor of its dtype."""

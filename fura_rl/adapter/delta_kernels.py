@@ -1,17 +1,23 @@
-"""`D = M - I` from an adapter's trained tensors in one launch, its gradients in another.
+"""From an adapter's trained tensors to `x + x D^T` in one operator: two launches forward, three backward.
 
-With `t = ds / sigma` (scaling rows) and `E = diag(1 + t) dR + diag(t) V^T`, `D = V E`. Written out in torch this is
+With `t = ds / sigma` (scaling rows) and `E = diag(1 + t) dR + diag(t) V^T`, `D = V E`. Written out in torch, `D` takes
 about eight small launches forward and fifteen backward for each layer; here it is one each, and no intermediate is
-kept: both read the trained tensors and the frozen basis alone. Products and sums are in float32.
+kept: both read the trained tensors and the frozen basis alone. Sums are in float32, products too.
+
+On the output side `M = R diag(s) P` is the transpose of the input side's `P diag(s) R`: `transposed` kernels read `dR`
+and write `D` transposed.
 
 Shapes: n blocks, b block size. `V` and `D` have rows `o`, `dR` and `E` rows `i`; `D`, `dR` and `E` have columns `k`.
 """
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from .kernels import on_device
+from .kernels import block_transform, padded, run_gradient, run_transform
+from .triton_launch import Kernel
 
 TILE = 32
 
@@ -41,23 +47,25 @@ def _factors(
     return core_factor_i, t_i, inverse_i
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def _delta_kernel(
     basis_ptr,
     sigma_ptr,
     core_ptr,
     scale_ptr,
     delta_ptr,
-    core_stride_i,
-    core_stride_k,
+    num_blocks,
     b: tl.constexpr,
     PADDED: tl.constexpr,
     TILE: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_SIGMA: tl.constexpr,
     MERGED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):
     """A tile of columns of `D = V E`."""
+    row: tl.constexpr = 1 if TRANSPOSED else b
+    column: tl.constexpr = b if TRANSPOSED else 1
     block = tl.program_id(0)
     k = tl.program_id(1) * TILE + tl.arange(0, TILE)
     o = tl.arange(0, PADDED)
@@ -68,17 +76,16 @@ def _delta_kernel(
         i = start + tl.arange(0, TILE)
         mask = (i < b)[:, None] & (k < b)[None, :]
         core_factor_i, t_i, _ = _factors(scale_ptr, sigma_ptr, block, i, b, HAS_SCALE, HAS_SIGMA, MERGED)
-        e_ik = tl.load(core_ptr + i[:, None] * core_stride_i + k[None, :] * core_stride_k, mask, 0.0)
-        e_ik *= core_factor_i[:, None]
+        e_ik = tl.load(core_ptr + i[:, None] * row + k[None, :] * column, mask, 0.0) * core_factor_i[:, None]
         if HAS_SCALE:
             e_ik += t_i[:, None] * tl.load(basis_ptr + k[None, :] * b + i[:, None], mask, 0.0)
         basis_oi = tl.load(basis_ptr + o[:, None] * b + i[None, :], (o < b)[:, None] & (i < b)[None, :], 0.0)
         sum_ok += tl.dot(basis_oi, e_ik, input_precision="ieee")
-    mask = (o < b)[:, None] & (k < b)[None, :]
-    tl.store(delta_ptr + block * b * b + o[:, None] * b + k[None, :], sum_ok, mask)
+    delta_ptr += block * b * b + o[:, None] * row + k[None, :] * column
+    tl.store(delta_ptr, sum_ok.to(delta_ptr.dtype.element_ty), (o < b)[:, None] & (k < b)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def _delta_gradient_kernel(
     basis_ptr,
     sigma_ptr,
@@ -87,32 +94,30 @@ def _delta_gradient_kernel(
     d_delta_ptr,
     d_core_ptr,
     d_scale_ptr,
-    core_stride_i,
-    core_stride_k,
-    d_delta_stride_n,
-    d_delta_stride_o,
-    d_delta_stride_k,
+    num_blocks,
     b: tl.constexpr,
     PADDED: tl.constexpr,
     TILE: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_SIGMA: tl.constexpr,
     MERGED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):
     """A tile of rows of the gradient of `dR`, and of that of `ds`, by way of `dE = V^T dD`."""
+    row: tl.constexpr = 1 if TRANSPOSED else b
+    column: tl.constexpr = b if TRANSPOSED else 1
     block = tl.program_id(0)
     i = tl.program_id(1) * TILE + tl.arange(0, TILE)
     k = tl.arange(0, PADDED)
     basis_ptr += block * b * b
-    core_offset_ik = block * b * b + i[:, None] * core_stride_i + k[None, :] * core_stride_k
+    d_delta_ptr += block * b * b
+    core_offset_ik = block * b * b + i[:, None] * row + k[None, :] * column
     de_ik = tl.zeros((TILE, PADDED), tl.float32)
     for start in range(0, b, TILE):
         o = start + tl.arange(0, TILE)
         basis_io = tl.load(basis_ptr + o[None, :] * b + i[:, None], (i < b)[:, None] & (o < b)[None, :], 0.0)
         d_delta_ok = tl.load(
-            d_delta_ptr + block * d_delta_stride_n + o[:, None] * d_delta_stride_o + k[None, :] * d_delta_stride_k,
-            (o < b)[:, None] & (k < b)[None, :],
-            0.0,
+            d_delta_ptr + o[:, None] * row + k[None, :] * column, (o < b)[:, None] & (k < b)[None, :], 0.0
         )
         de_ik += tl.dot(basis_io, d_delta_ok, input_precision="ieee")
     mask = (i < b)[:, None] & (k < b)[None, :]
@@ -125,105 +130,105 @@ def _delta_gradient_kernel(
         tl.store(d_scale_ptr + block * b + i, dt_i * inverse_i, i < b)
 
 
-def _constants(core: torch.Tensor, sigma: torch.Tensor | None, scale: torch.Tensor | None, merged: bool) -> dict:
-    b = core.shape[-1]
-    return dict(
-        b=b,
-        PADDED=max(16, triton.next_power_of_2(b)),
-        TILE=TILE,
-        HAS_SCALE=scale is not None and not merged,
-        HAS_SIGMA=sigma is not None,
-        MERGED=merged,
-        num_warps=8,
+delta_kernel = Kernel(_delta_kernel)
+delta_gradient_kernel = Kernel(_delta_gradient_kernel)
+
+Tensors = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]  # basis, sigma, core, scale
+
+
+def _contiguous(tensors: Tensors) -> Tensors:
+    basis, sigma, core, scale = tensors
+    return (
+        basis.contiguous(),
+        None if sigma is None else sigma.contiguous(),
+        core.contiguous(),
+        None if scale is None else scale.contiguous(),
     )
 
 
-def _grid(core: torch.Tensor) -> tuple[int, int]:
+def _grid_and_constants(tensors: Tensors, merged: bool, transposed: bool) -> tuple[tuple[int, int, int], tuple]:
+    _, sigma, core, scale = tensors
     n, b, _ = core.shape
-    return n, triton.cdiv(b, TILE)
+    has_scale = scale is not None and not merged
+    return (n, -(-b // TILE), 1), (n, b, padded(b), TILE, has_scale, sigma is not None, merged, transposed)
 
 
-def _dense(core: torch.Tensor) -> torch.Tensor:
-    """Blocks in memory one after the other, each stored by rows or by columns."""
-    return core if core.is_contiguous() or core.mT.is_contiguous() else core.contiguous()
-
-
-def _contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
-
-
-@torch.library.custom_op("fura::block_delta", mutates_args=())
-def block_delta(
-    basis: torch.Tensor, sigma: torch.Tensor | None, core: torch.Tensor, scale: torch.Tensor | None, merged: bool
-) -> torch.Tensor:
-    """`D` (n, b, b) in float32 of float32 tensors, as `transform.block_delta`; `core` may be a transposed view."""
-    core = _dense(core)
-    basis = basis.contiguous()
-    sigma, scale = _contiguous(sigma, scale)
-    delta = torch.empty(core.shape, dtype=torch.float32, device=core.device)
-    with on_device(core.device):
-        _delta_kernel[_grid(core)](
-            basis,
-            sigma,
-            core,
-            scale,
-            delta,
-            *core.stride()[1:],
-            **_constants(core, sigma, scale, merged),
-        )
+def run_delta(tensors: Tensors, merged: bool, transposed: bool, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """`D` (n, b, b), computed in float32."""
+    tensors = _contiguous(tensors)
+    core = tensors[2]
+    delta = torch.empty(core.shape, dtype=dtype, device=core.device)
+    grid, constants = _grid_and_constants(tensors, merged, transposed)
+    delta_kernel(grid, (*tensors, delta), *constants, num_warps=8)
     return delta
 
 
-@torch.library.custom_op("fura::block_delta_backward", mutates_args=())
-def block_delta_backward(
-    d_delta: torch.Tensor,
-    basis: torch.Tensor,
-    sigma: torch.Tensor | None,
-    core: torch.Tensor,
-    scale: torch.Tensor | None,
-    merged: bool,
+def run_delta_gradient(
+    d_delta: torch.Tensor, tensors: Tensors, merged: bool, transposed: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of `core` and of `scale` (empty if there is none)."""
-    core = _dense(core)
-    basis = basis.contiguous()
-    sigma, scale = _contiguous(sigma, scale)
-    d_core = torch.empty_like(core)
-    d_scale = core.new_empty(0 if scale is None else scale.shape)
-    with on_device(core.device):
-        _delta_gradient_kernel[_grid(core)](
-            basis,
-            sigma,
-            core,
-            scale,
-            d_delta,
-            d_core,
-            d_scale,
-            *core.stride()[1:],
-            *d_delta.stride(),
-            **_constants(core, sigma, scale, merged),
-        )
+    """The gradients of `core` (n, b, b) and of `scale` (n, b; empty if there is none)."""
+    tensors = _contiguous(tensors)
+    core, scale = tensors[2:]
+    d_core = torch.empty(core.shape, dtype=core.dtype, device=core.device)
+    d_scale = torch.empty(0 if scale is None else scale.shape, dtype=core.dtype, device=core.device)
+    grid, constants = _grid_and_constants(tensors, merged, transposed)
+    delta_gradient_kernel(grid, (*tensors, d_delta.contiguous(), d_core, d_scale), *constants, num_warps=8)
     return d_core, d_scale
 
 
-@block_delta.register_fake
-def _(basis, sigma, core, scale, merged):
-    return core.new_empty(core.shape)
+TRAINED = "Tensor basis, Tensor? sigma, Tensor core, Tensor? scale, bool merged, bool transposed"
+torch.library.define("fura::block_multiply", f"(Tensor x, {TRAINED}) -> (Tensor y, Tensor delta)")
+torch.library.define(
+    "fura::block_multiply_backward",
+    f"(Tensor g, Tensor x, Tensor delta, {TRAINED}, bool with_dx) -> (Tensor dx, Tensor d_core, Tensor d_scale)",
+)
+block_multiply = torch.ops.fura.block_multiply.default
+block_multiply_backward = torch.ops.fura.block_multiply_backward.default
 
 
-@block_delta_backward.register_fake
-def _(d_delta, basis, sigma, core, scale, merged):
-    return torch.empty_like(_dense(core)), core.new_empty(0 if scale is None else scale.shape)
+@torch.library.impl("fura::block_multiply", ("cpu", "cuda"))
+def _(x, basis, sigma, core, scale, merged, transposed):
+    delta = run_delta((basis, sigma, core, scale), merged, transposed, x.dtype)
+    return run_transform(x, delta), delta
 
 
-def _save(ctx, inputs: tuple, output: torch.Tensor) -> None:
-    basis, sigma, core, scale, ctx.merged = inputs
-    ctx.save_for_backward(basis, sigma, core, scale)
+@torch.library.impl("fura::block_multiply_backward", ("cpu", "cuda"))
+def _(g, x, delta, basis, sigma, core, scale, merged, transposed, with_dx):
+    dx, d_delta = run_gradient(g, x, delta, with_dx)
+    return dx, *run_delta_gradient(d_delta, (basis, sigma, core, scale), merged, transposed)
 
 
-def _backward(ctx, d_delta: torch.Tensor) -> tuple:
-    basis, sigma, core, scale = ctx.saved_tensors
-    d_core, d_scale = block_delta_backward(d_delta, basis, sigma, core, scale, ctx.merged)
-    return None, None, d_core, None if scale is None else d_scale, None
+@torch.library.register_fake("fura::block_multiply")
+def _(x, basis, sigma, core, scale, merged, transposed):
+    return x.new_empty(x.shape), core.new_empty(core.shape, dtype=x.dtype)
 
 
-block_delta.register_autograd(_backward, setup_context=_save)
+@torch.library.register_fake("fura::block_multiply_backward")
+def _(g, x, delta, basis, sigma, core, scale, merged, transposed, with_dx):
+    dx = g.new_empty(x.shape if with_dx else (0, x.shape[-1]))
+    return dx, core.new_empty(core.shape), core.new_empty(0 if scale is None else scale.shape)
+
+
+class BlockMultiply(torch.autograd.Function):
+    """The gradients of `block_multiply`. `torch.library.register_autograd` would do, at 25 us more a call: it goes
+    through the schema of the many arguments."""
+
+    @staticmethod
+    def forward(ctx: Any, x, basis, sigma, core, scale, merged, transposed) -> torch.Tensor:
+        y, delta = block_multiply(x, basis, sigma, core, scale, merged, transposed)
+        ctx.merged, ctx.transposed = merged, transposed
+        ctx.trained = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+        ctx.save_for_backward(delta, *((x, basis, sigma, core, scale) if ctx.trained else ()))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> tuple:
+        delta, *saved = ctx.saved_tensors
+        if not ctx.trained:
+            return block_transform(g, delta.mT), None, None, None, None, None, None
+        x, basis, sigma, core, scale = saved
+        need_dx = ctx.needs_input_grad[0]
+        dx, d_core, d_scale = block_multiply_backward(
+            g, x, delta, basis, sigma, core, scale, ctx.merged, ctx.transposed, need_dx
+        )
+        return dx if need_dx else None, None, None, d_core, None if scale is None else d_scale, None, None

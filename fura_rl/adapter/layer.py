@@ -22,7 +22,6 @@ from .basis import fit_block_size, resolve_block_size
 from .blocks import FuraBlocks
 from .config import FuraConfig
 from .fingerprint import sample_entries
-from .transform import block_transform
 
 logger = logging.getLogger(__name__)
 
@@ -312,7 +311,7 @@ class FuraLayer(nn.Module, BaseTunerLayer):
     def _multiply_input(self, x: torch.Tensor, names: list[str] | None) -> torch.Tensor:
         for blocks in reversed(self.named_blocks(names)):  # W M_a M_b x: what is merged last acts first
             if blocks.side == "input":
-                x = block_transform(x, blocks())
+                x = blocks(x)
         return x
 
     def _multiply_output(self, y: torch.Tensor, names: list[str] | None) -> torch.Tensor:
@@ -321,9 +320,9 @@ class FuraLayer(nn.Module, BaseTunerLayer):
         bias = getattr(self.get_base_layer(), "bias", None)
         for blocks in all_blocks:
             if blocks.side == "output":
-                delta = blocks()
-                y = block_transform(y, delta)
+                y = blocks(y)
                 if bias is not None:
+                    delta = blocks()
                     surplus = delta @ bias.to(delta.dtype).view(blocks.num_blocks, blocks.block_size, 1)
                     y = y - surplus.flatten().to(y.dtype)
         for blocks in all_blocks:

@@ -3,8 +3,8 @@
 Everything works on the difference `D = M - I` of the block multiplier `M` (n, b, b): near the start `M` is close to
 `I`, where bf16 resolves only 2^-8, while `D` keeps its digits and is exactly zero at the start.
 
-On a CUDA device the two that training calls, `block_delta` and `block_transform`, run as Triton kernels, elsewhere as
-plain torch, which also serves float64 and large blocks. The environment variable FURA_KERNELS, "triton" or "torch",
+What training calls, `block_multiply` and `block_transform`, runs as Triton kernels on a CUDA device and as plain torch
+elsewhere; torch also serves float64 and large blocks. The environment variable FURA_KERNELS, "triton" or "torch",
 forces one of the two; "auto" is the default.
 
 Shapes: n blocks, b block size, K = n * b features of the adapted side, `*` any leading dimensions.
@@ -26,19 +26,12 @@ HAVE_KERNELS = find_spec("triton") is not None and (torch.version.cuda is not No
 if HAVE_KERNELS:
     from . import delta_kernels, kernels
 
-# Products of larger blocks are bound by arithmetic rather than memory, which the library's matrix products do best.
-LARGEST_KERNEL_BLOCK = 256
 
-
-def use_kernels(tensor: torch.Tensor, block_size: int) -> bool:
-    """Whether blocks of this size, applied to `tensor`, go through the kernels."""
-    if not HAVE_KERNELS or kernel_choice == "torch" or block_size > LARGEST_KERNEL_BLOCK:
+def use_kernels(x: torch.Tensor, block_size: int) -> bool:
+    """Whether `x` is multiplied by blocks of this size through the kernels."""
+    if not HAVE_KERNELS or kernel_choice == "torch" or not (x.is_cuda or kernel_choice == "triton"):
         return False
-    if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return False
-    return kernel_choice == "triton" or (
-        tensor.is_cuda and torch.cuda.get_device_properties(tensor.device).major >= 8  # bf16 on matrix units
-    )
+    return kernels.supports(block_size, x.dtype, x.device)
 
 
 def block_delta(
@@ -64,8 +57,6 @@ def block_delta(
         scale_nb: ds, the trained difference of the singular values; None if they are frozen.
         merged: the core carries the singular values.
     """
-    if basis_nbb is not None and core_nbb.dtype == torch.float32 and use_kernels(core_nbb, core_nbb.shape[-1]):
-        return delta_kernels.block_delta(basis_nbb, sigma_nb, core_nbb, scale_nb, merged)
     if merged:
         inner_nbb = core_nbb if sigma_nb is None else core_nbb / sigma_nb.unsqueeze(-1)
     elif scale_nb is None:
@@ -101,6 +92,27 @@ def block_transform(x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     y_nTb = torch.baddbmm(x_nTb, x_nTb, delta.to(x.dtype).mT)
     # contiguous as a layer's input usually is: a matrix product over other strides may round differently
     return y_nTb.transpose(0, 1).reshape(x.shape).contiguous()
+
+
+def block_multiply(
+    x: torch.Tensor,
+    basis_nbb: torch.Tensor,
+    sigma_nb: torch.Tensor | None,
+    core_nbb: torch.Tensor,
+    scale_nb: torch.Tensor | None = None,
+    *,
+    merged: bool = False,
+    transposed: bool = False,
+) -> torch.Tensor:
+    """`block_transform` of `x` by the `block_delta` of the other arguments, as one operator; needs `use_kernels`.
+
+    Args:
+        x: (*, n * b).
+        core_nbb: in float32, as the other trained tensors and the basis.
+        transposed: of the output side, whose core and multiplier are the transposes of the input side's.
+    """
+    scale_nb = None if merged else scale_nb
+    return delta_kernels.BlockMultiply.apply(x, basis_nbb, sigma_nb, core_nbb, scale_nb, merged, transposed)
 
 
 def merge_input_side(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:

@@ -92,7 +92,8 @@ def check(x, g, delta):
 @pytest.mark.parametrize(
     ("dtype", "n", "b"),
     [(torch.bfloat16, n, b) for n, b in BLOCKS]
-    + [(dtype, n, b) for dtype in (torch.float16, torch.float32) for n, b in ((2, 64), (1, 76), (1, 148), (5, 3))],
+    + [(dtype, n, b) for dtype in (torch.float16, torch.float32) for n, b in ((2, 64), (1, 48), (5, 3))]
+    + [(torch.float16, 1, 148)],
 )
 def test_transform_and_gradients(device, dtype, n, b):
     check(*inputs(device, dtype, n, b, rows=109))
@@ -195,48 +196,82 @@ def test_only_what_is_needed_is_computed_and_kept(device):
 # -- D of trained tensors ----------------------------------------------------------------------------------------------
 
 
+def trained_tensors(device, n, b, form):
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(n, b, b, generator=generator)).Q.to(device)  # not contiguous
+    sigma = None if form == "no sigma" else (torch.rand(n, b, generator=generator) + 0.5).to(device)
+    core = torch.randn(n, b, b, generator=generator).to(device)
+    scale = None if form in ("frozen", "merged") else torch.randn(n, b, generator=generator).to(device)
+    return basis, sigma, core, scale
+
+
 @kernels
 @pytest.mark.parametrize(
     ("n", "b", "form", "side"),
     [(2, 33, form, side) for form in FORMS for side in SIDES]
     + [(n, b, "trainable", "input") for n, b in BLOCKS if b != 1],
 )
-def test_delta_and_gradients(device, n, b, form, side):
-    from fura_rl.adapter.delta_kernels import block_delta
+def test_delta_and_its_gradients(device, n, b, form, side):
+    from fura_rl.adapter.delta_kernels import run_delta, run_delta_gradient
 
-    generator = torch.Generator().manual_seed(0)
-    basis = torch.linalg.qr(torch.randn(n, b, b, generator=generator)).Q.to(device)
-    sigma = None if form == "no sigma" else (torch.rand(n, b, generator=generator) + 0.5).to(device)
-    core = torch.randn(n, b, b, generator=generator).to(device).requires_grad_()
-    scale = None if form in ("frozen", "merged") else torch.randn(n, b, generator=generator).to(device).requires_grad_()
-    g = torch.randn(n, b, b, generator=generator).to(device)
-    trained = [core] if scale is None else [core, scale]
-
-    def run(function, *tensors, merged):
-        basis, sigma, core, scale = tensors
-        delta = function(basis, sigma, core if side == "input" else core.mT, scale, merged=merged)
-        return delta if side == "input" else delta.mT
-
-    ours = run(block_delta, basis, sigma, core, scale, merged=form == "merged")
-    gradients = torch.autograd.grad(ours, trained, g)
-    doubles = [None if t is None else t.detach().double().cpu() for t in (basis, sigma, core, scale)]
-    exact = [t.requires_grad_() for t in (doubles[2], doubles[3]) if t is not None]
-    expected = run(transform.block_delta, *doubles, merged=form == "merged")
+    tensors = trained_tensors(device, n, b, form)
+    g = torch.randn(n, b, b, generator=torch.Generator().manual_seed(1)).to(device)
+    merged, transposed = form == "merged", side == "output"
+    basis, sigma, core, scale = [None if t is None else t.double().cpu() for t in tensors]
+    exact = [t.requires_grad_() for t in (core, scale) if t is not None]
+    expected = transform.block_delta(basis, sigma, core.mT if transposed else core, scale, merged=merged)
+    expected = expected.mT if transposed else expected
     expected_gradients = torch.autograd.grad(expected, exact, g.double().cpu())
-    assert relative_error(ours, expected.detach()) < 2.0**-20
-    for gradient, parameter, expected_gradient in zip(gradients, trained, expected_gradients, strict=True):
-        assert gradient.stride() == parameter.stride()  # else autograd would copy it
+
+    assert relative_error(run_delta(tensors, merged, transposed), expected.detach()) < 2.0**-20
+    gradients = run_delta_gradient(g, tensors, merged, transposed)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=False):
         assert relative_error(gradient, expected_gradient) < 2.0**-20
+    assert len(expected_gradients) == 2 or gradients[1].numel() == 0
+
+
+@kernels
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_one_operator_is_its_parts(device, form, side, dtype):
+    from fura_rl.adapter.delta_kernels import run_delta, run_delta_gradient
+    from fura_rl.adapter.kernels import run_gradient, run_transform
+
+    n, b, merged, transposed = 2, 24, form == "merged", side == "output"
+    basis, sigma, core, scale = tensors = trained_tensors(device, n, b, form)
+    x, g, _ = inputs(device, dtype, n, b, rows=50)
+    delta = run_delta(tensors, merged, transposed, dtype)
+    dx, d_delta = run_gradient(g, x, delta, with_dx=True)
+    d_core, d_scale = run_delta_gradient(d_delta, tensors, merged, transposed)
+
+    leaves = [t.requires_grad_() for t in (x, core, scale) if t is not None]
+    y = transform.block_multiply(x, basis, sigma, core, scale, merged=merged, transposed=transposed)
+    gradients = torch.autograd.grad(y, leaves, g)
+    assert torch.equal(y, run_transform(x, delta))
+    for gradient, expected in zip(gradients, (dx, d_core, d_scale), strict=False):
+        assert torch.equal(gradient, expected)
+
+
+@kernels
+def test_a_frozen_adapter_passes_the_gradient_on(device):
+    from fura_rl.adapter.delta_kernels import run_delta
+    from fura_rl.adapter.kernels import run_transform
+
+    tensors = trained_tensors(device, 2, 24, "trainable")
+    x, g, _ = inputs(device, torch.float32, 2, 24, rows=50)
+    y = transform.block_multiply(x.requires_grad_(), *tensors)
+    (dx,) = torch.autograd.grad(y, x, g)
+    assert torch.equal(dx, run_transform(g, run_delta(tensors, False, False).mT))
 
 
 @kernels
 def test_delta_of_nothing_trained_is_exactly_zero(device):
-    from fura_rl.adapter.delta_kernels import block_delta
+    from fura_rl.adapter.delta_kernels import run_delta
 
-    basis = torch.linalg.qr(torch.randn(2, 40, 40)).Q.to(device)
-    zero = torch.zeros(2, 40, 40, device=device)
-    delta = block_delta(basis, torch.ones(2, 40, device=device), zero, zero[0, :2].clone(), merged=False)
-    assert torch.equal(delta, zero)
+    basis, sigma, core, scale = trained_tensors(device, 2, 40, "trainable")
+    zeros = run_delta((basis, sigma, torch.zeros_like(core), torch.zeros_like(scale)), False, False)
+    assert torch.equal(zeros, torch.zeros_like(core))
 
 
 # -- as PyTorch operators ----------------------------------------------------------------------------------------------
@@ -244,34 +279,34 @@ def test_delta_of_nothing_trained_is_exactly_zero(device):
 
 @kernels
 def test_operators_are_registered_as_pytorch_wants_them(device):
-    from fura_rl.adapter import delta_kernels
+    from fura_rl.adapter.delta_kernels import block_multiply, block_multiply_backward
     from fura_rl.adapter.kernels import block_transform, block_transform_backward
 
     x, g, delta = inputs(device, torch.float32, 2, 16, rows=8)
-    core, basis = delta.clone().requires_grad_(), torch.linalg.qr(delta).Q.contiguous()
-    ones, scale = torch.ones(2, 16, device=device), torch.full((2, 16), 0.1, device=device, requires_grad=True)
-    torch.library.opcheck(block_transform, (x.clone().requires_grad_(), core))
-    torch.library.opcheck(block_transform, (x.view(2, 4, 32), core))
+    trained = delta.clone().requires_grad_()
+    torch.library.opcheck(block_transform, (x.clone().requires_grad_(), trained))
+    torch.library.opcheck(block_transform, (x.view(2, 4, 32), trained))
     torch.library.opcheck(block_transform_backward, (g, x, delta, True))
-    torch.library.opcheck(delta_kernels.block_delta, (basis, ones, core, scale, False))
-    torch.library.opcheck(delta_kernels.block_delta, (basis, None, core, None, False))
-    torch.library.opcheck(
-        delta_kernels.block_delta_backward, (g[:2, :1, None] * delta, basis, ones, delta, ones, False)
-    )
+    basis, sigma, core, scale = trained_tensors(device, 2, 16, "trainable")
+    torch.library.opcheck(block_multiply, (x, basis, sigma, core, scale, False, False))
+    torch.library.opcheck(block_multiply, (x, basis, None, core, None, True, True))
+    torch.library.opcheck(block_multiply_backward, (g, x, delta, basis, sigma, core, scale, False, True, True))
 
 
 @kernels
 def test_compiled_without_a_break(device):
     x, g, delta = inputs(device, torch.float32, 2, 16, rows=24)
-    x.requires_grad_(), delta.requires_grad_()
+    basis, sigma, core, scale = trained_tensors(device, 2, 16, "trainable")
+    leaves = [t.requires_grad_() for t in (x, delta, core, scale)]
 
-    def layer(x, delta):
-        return transform.block_transform(torch.nn.functional.silu(x), delta) * 2
+    def layer(x, delta, core, scale):
+        x = transform.block_transform(torch.nn.functional.silu(x), delta)
+        return transform.block_multiply(x, basis, sigma, core, scale) * 2
 
     results = []
     for function in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
-        y = function(x, delta)
-        results.append((y.detach(), *torch.autograd.grad(y, (x, delta), g)))
+        y = function(*leaves)
+        results.append((y.detach(), *torch.autograd.grad(y, leaves, g)))
     for eager, compiled in zip(*results, strict=True):
         assert torch.equal(eager, compiled)
 
@@ -352,13 +387,17 @@ def test_gradients_of_the_torch_path(form):
 
 
 def test_torch_serves_what_the_kernels_do_not(monkeypatch):
+    from fura_rl.adapter import kernels
+
+    monkeypatch.setattr(transform, "kernels", kernels, raising=False)
     monkeypatch.setattr(transform, "HAVE_KERNELS", True)
-    half, double = torch.zeros(1, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.float64)
+    monkeypatch.setattr(kernels, "INTERPRETED", True)  # no device to ask
+    half, single, double = (torch.zeros(1, dtype=d) for d in (torch.bfloat16, torch.float32, torch.float64))
     monkeypatch.setattr(transform, "kernel_choice", "auto")
     assert not transform.use_kernels(half, 64)  # on a CPU
     monkeypatch.setattr(transform, "kernel_choice", "triton")
-    assert transform.use_kernels(half, 64)
-    assert not transform.use_kernels(half, 257)
+    assert transform.use_kernels(half, 256) and not transform.use_kernels(half, 257)
+    assert transform.use_kernels(single, 64) and not transform.use_kernels(single, 65)
     assert not transform.use_kernels(double, 64)
     monkeypatch.setattr(transform, "kernel_choice", "torch")
     assert not transform.use_kernels(half, 64)
