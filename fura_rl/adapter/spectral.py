@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from .basis import block_gram, one_thread_for_small_blocks
+from .basis import block_gram, map_blocks
 from .layer import FuraLayer
 
 
@@ -59,8 +59,7 @@ def block_spectra(gram: torch.Tensor, delta: torch.Tensor) -> SpectralReport:
 
 
 def _singular_values(gram_nbb: torch.Tensor) -> torch.Tensor:
-    with one_thread_for_small_blocks(gram_nbb):
-        return torch.linalg.eigvalsh(gram_nbb).clamp_min(0).sqrt()
+    return torch.cat(map_blocks(torch.linalg.eigvalsh, gram_nbb)).to(gram_nbb.device).clamp_min(0).sqrt()
 
 
 @torch.no_grad()

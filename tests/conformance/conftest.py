@@ -19,6 +19,8 @@ def not_applicable(test_class: str, name: str, parameters: dict) -> str | None:
         return FLOAT32
     if name.endswith("mixed_adapter_batches") and test_class in ("TestDecoderModels", "TestEncoderDecoderModels"):
         return "admits LoRA only; TestMixedBatches runs these tests on FuRA"
+    if name == "test_quantized_output_similar_to_non_quantized" and parameters["quant"].name == "bnb_4bit":
+        return "gives both models one random core; FuRA's is relative to a basis, which 4 bits of random weights turn"
     if name == "test_adapter_dtype_autocast":
         return FLOAT32 if not parameters["autocast_adapter_dtype"] and parameters["dtype"] != torch.float32 else None
     return None

@@ -22,6 +22,11 @@ _TOKENS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
 # names that occur in a path ("llama", "gemma3", "gpt2"), for reasons of other methods: the names here avoid them.
 ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "OPT": ("OPTForCausalLM", "opt", dict(hidden_size=16, ffn_dim=40, num_attention_heads=4, num_hidden_layers=3)),
+    "OPT-64": (
+        "OPTForCausalLM",
+        "opt",
+        dict(hidden_size=64, ffn_dim=128, num_attention_heads=4, num_hidden_layers=3, word_embed_proj_dim=64),
+    ),
     "GPT-2": ("GPT2LMHeadModel", "gpt2", _GPT),
     "GPTJ": ("GPTJForCausalLM", "gptj", dict(**_GPT, rotary_dim=4)),
     "Lama": ("LlamaForCausalLM", "llama", dict(**_LLAMA_LIKE, num_hidden_layers=2)),
