@@ -1,6 +1,6 @@
 """`fura-rl info PATH`: what a saved adapter holds, without its base model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -60,6 +60,8 @@ def _layer_info(config: FuraConfig, name: str, tensors: Tensors) -> LayerInfo:
     spectra = None
     if delta is not None and "sigma" in tensors and "basis" in tensors:
         spectra = block_spectra(_base_gram(config, tensors), delta if config.side == "input" else delta.mT)
+        if config.side == "input":
+            spectra = replace(spectra, column_space_leak=0.0)  # by construction
     return LayerInfo(
         name=name,
         num_blocks=num_blocks,
@@ -86,7 +88,8 @@ def info_command(path: str) -> None:
     """Show an adapter: configuration, file size, and for each layer its blocks and how far training has moved it.
 
     Norm is |W' - W| / |W| where the file holds the singular values, else |M - I| / |I|; rank is the mean stable rank of
-    the blocks' updates; drift is how far their singular values moved.
+    the blocks' updates; drift is how far their singular values moved; outside is the share of the update outside the
+    base weight's column space, none on the input side.
     """
     adapter = info(path)
     config = adapter.config
@@ -100,7 +103,7 @@ def info_command(path: str) -> None:
         f"side {config.side}, block_size {config.block_size}, singular_values {config.singular_values}, "
         f"basis {config.basis}, train_bias {config.train_bias}"
     )
-    table = Table("layer", "blocks", "norm", "rank", "drift")
+    table = Table("layer", "blocks", "norm", "rank", "drift", "outside")
     for layer in adapter.layers:
         spectra = layer.spectra
         norm = spectra.relative_norm if spectra else layer.delta_norm
@@ -110,5 +113,6 @@ def info_command(path: str) -> None:
             "-" if norm is None else f"{norm:.2e}",
             f"{spectra.stable_rank:.1f} of {spectra.max_rank}" if spectra else "-",
             f"{spectra.singular_value_drift:.2e}" if spectra else "-",
+            "0" if spectra and spectra.column_space_leak == 0 else "-",
         )
     console.print(table)

@@ -274,8 +274,7 @@ class FuraLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: if `adapter_names` has the wrong length or adapters are merged.
         """
-        if adapter_names is not None:
-            self._check_adapter_names(x, adapter_names)
+        rows_of = None if adapter_names is None else self._rows_of(adapter_names, x)
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.disable_adapters or self.merged:
@@ -283,30 +282,29 @@ class FuraLayer(nn.Module, BaseTunerLayer):
         device = x.device.type
         if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))  # the base layer would do it; so M acts on what W sees
-        if adapter_names is None:
+        if rows_of is None:
             x = self._multiply_input(x, None)
             return self._multiply_output(self.base_layer(x, *args, **kwargs), None)
-        groups = {
-            name: torch.tensor([i for i, wanted in enumerate(adapter_names) if wanted == name], device=x.device)
-            for name in sorted(set(adapter_names) & set(self.fura_blocks))
-        }
-        for name, rows in groups.items():
+        for name, rows in rows_of.items():
             x = x.index_copy(0, rows, self._multiply_input(x[rows], [name]))
         y = self.base_layer(x, *args, **kwargs)
-        for name, rows in groups.items():
+        for name, rows in rows_of.items():
             y = y.index_copy(0, rows, self._multiply_output(y[rows], [name]))
         return y
 
-    def _check_adapter_names(self, x: torch.Tensor, adapter_names: list[str]) -> None:
+    def _rows_of(self, adapter_names: list[str], x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Which rows of `x` each adapter of this layer takes."""
         if len(x) != len(adapter_names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(adapter_names)} and {len(x)} respectively."
             )
         if self.merged:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
+            raise ValueError("Cannot pass `adapter_names` when adapters are merged, call `unmerge_adapter` first.")
+        return {
+            name: torch.tensor([i for i, wanted in enumerate(adapter_names) if wanted == name], device=x.device)
+            for name in sorted(set(adapter_names) & set(self.fura_blocks))
+        }
 
     def _multiply_input(self, x: torch.Tensor, names: list[str] | None) -> torch.Tensor:
         for blocks in reversed(self.named_blocks(names)):  # W M_a M_b x: what is merged last acts first

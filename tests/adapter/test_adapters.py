@@ -112,7 +112,7 @@ def test_adapter_names_are_checked():
     with pytest.raises(ValueError, match="Length of `adapter_names`"):
         model(tokens(), adapter_names=["one"])
     model.merge_adapter()
-    with pytest.raises(ValueError, match="merged adapters"):
+    with pytest.raises(ValueError, match="adapters are merged"):
         model(tokens(), adapter_names=["one", "two"])
     model.unmerge_adapter()
     model.train()

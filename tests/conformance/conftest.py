@@ -27,7 +27,8 @@ def not_applicable(test_class: str, name: str, parameters: dict) -> str | None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "single_gpu_tests: PEFT's own marker")
+    for marker in ("single_gpu_tests", "bitsandbytes"):
+        config.addinivalue_line("markers", f"{marker}: PEFT's own marker")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
