@@ -41,12 +41,15 @@ def _limit_resources(memory_mib: int) -> None:
 
 
 def _is_bloated(memory_mib: int) -> bool:
-    """Whether a request has taken so much memory that the next ones would run into the limit."""
+    """Whether a request has taken so much memory that the next ones would run into the limit.
+
+    Not `ru_maxrss`: across `fork` and `exec` that keeps the peak of the parent, a trainer of many gigabytes.
+    """
     if sys.platform != "linux":
         return False
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > memory_mib * 1024 // 2
+    status = Path("/proc/self/status").read_text()
+    peak_kib = int(status.partition("VmHWM:")[2].split()[0])
+    return peak_kib > memory_mib * 1024 // 2
 
 
 def _read(stream: int, size: int, parent: int) -> bytes:

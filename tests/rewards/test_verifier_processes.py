@@ -88,6 +88,17 @@ def test_an_idle_worker_that_died_is_replaced() -> None:
         assert verifier.grade([EASY[0]], [EASY[1]])[0].correct
 
 
+def test_a_large_parent_does_not_make_its_workers_look_large() -> None:
+    """Linux hands the peak memory of a process on to what it starts; a trainer's is far above a worker's limit."""
+    ballast = b"x" * (400 * 2**20)
+    with MathVerifier(workers=1, memory_limit=256) as verifier:
+        verifier.start()
+        before = verifier.worker_pids
+        assert all(grade.correct for grade in verifier.grade(*easy(3)))
+        assert verifier.worker_pids == before
+    del ballast
+
+
 @pytest.mark.slow
 def test_a_worker_that_no_batch_has_waited_for_is_not_late(monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch that one worker finishes alone leaves the other's greeting unread, for however long."""
