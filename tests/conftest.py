@@ -1,10 +1,22 @@
 """Fixtures that every test folder may use."""
 
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_environment() -> Iterator[None]:
+    """Each module leaves `os.environ` as it found it: engines and trainers in this process set RANK, MASTER_PORT and
+    more, and a process started later would take them for its own."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")
