@@ -25,7 +25,7 @@ class BenchmarkCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step % self.steps == 0 and state.global_step < state.max_steps:
-            self.trainer.evaluate()
+            control.should_evaluate = True  # after the step's own log entry, which an evaluation here would swallow
 
 
 class MetricsFileCallback(TrainerCallback):
