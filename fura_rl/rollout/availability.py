@@ -30,9 +30,9 @@ def hide_broken_vllm() -> None:
     """Make TRL importable beside a vLLM that is installed but cannot be imported.
 
     TRL looks only for the package and imports it together with its GRPO trainer, even where no engine is asked for.
-    To be called before that import.
+    To be called before that import. Whether vLLM can be imported is tried when TRL asks, not before.
     """
-    if vllm_problem() is not None:
-        from trl import import_utils
+    from trl import import_utils
 
-        import_utils.is_vllm_available = lambda min_version=None: False
+    installed = import_utils.is_vllm_available
+    import_utils.is_vllm_available = lambda *args, **kwargs: vllm_problem() is None and installed(*args, **kwargs)
