@@ -35,6 +35,7 @@ from fura_rl.prompts import load_prompt
 from fura_rl.trainer import FuraGRPOConfig, FuraGRPOTrainer
 from fura_rl.trainer.arguments import AdapterArguments, DataArguments, ModelArguments
 from fura_rl.trainer.callbacks import MetricsFileCallback, ProgressCallback
+from fura_rl.trainer.observe import ObserverCallback
 from fura_rl.trainer.report import (
     adapter_table,
     changed_options,
@@ -43,6 +44,7 @@ from fura_rl.trainer.report import (
     versions,
     write_summary,
 )
+from fura_rl.trainer.report_page import write_report
 
 MIN_FREE_BYTES = 200 * 2**20  # an adapter, its optimiser state and the logs of a small run
 
@@ -146,6 +148,7 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
     trainer.remove_callback(TransformersProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressCallback(trainer))
+    ObserverCallback(trainer, output, options).attach()
     metrics_file = output / "metrics.jsonl"
     if not training.resume_from_checkpoint:
         metrics_file.write_text("", encoding="utf-8")
@@ -175,6 +178,7 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
         }
         if main_process:
             write_summary(output / "summary.json", **summary)
+            write_report(output)
     if main_process:
         plot_curves(metrics_file, trainer.evaluations, output / "curves.png")
         print_summary(summary, output)
@@ -187,7 +191,7 @@ def print_summary(summary: dict[str, Any], output: Path) -> None:
     phases = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if name != "total")
     print(f"--- result\n{score_table(summary['evaluations'])}")
     print(f"seconds: total {seconds['total']:.1f} ({phases})")
-    print(f"adapter and report: {output} (summary.json, curves.png, metrics.jsonl, completions/)", flush=True)
+    print(f"adapter and report: {output} (report.html, summary.json, metrics.jsonl, completions/)", flush=True)
 
 
 def out_of_space(error: BaseException) -> bool:

@@ -35,6 +35,7 @@ from fura_rl.trainer.benchmarks import benchmark_sampling, make_sampler
 from fura_rl.trainer.callbacks import BenchmarkCallback
 from fura_rl.trainer.clock import PhaseClock
 from fura_rl.trainer.config import FuraGRPOConfig
+from fura_rl.trainer.report_page import save_answers
 
 logger = logging.getLogger(__name__)
 
@@ -221,6 +222,7 @@ class FuraGRPOTrainer(GRPOTrainer):
         self.model.train(was_training)
         scores = {name: score.to_dict() for name, score in result.scores.items()}
         self.evaluations.append({"step": self.state.global_step, "scores": scores})
+        save_answers(self.args.output_dir, self.state.global_step, self.benchmarks, result.samples)
         keys = ("accuracy", "low", "high", "truncated", "no_answer", "mean_tokens")
         return {f"eval_{name}_{key}": score[key] for name, score in scores.items() for key in keys}
 
