@@ -1,0 +1,170 @@
+"""Merging an adapter into the weights of a running engine, and back, without drift.
+
+The engine's weights become `W M` (design, section 1). Each change starts from the pristine `W` of the checkpoint, never
+from what the engine holds, so adapters may follow one another in any order: A, B, off, A gives the same bits as a fresh
+engine with A. `D = M - I` and the product are computed in float32 and rounded once, to the engine's dtype.
+
+A change has two halves. `prepare` reads and checks everything and touches nothing; `commit` writes layer by layer, and
+puts the old weights back if a layer fails.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fura_rl.adapter.blocks import FuraBlocks
+from fura_rl.adapter.fingerprint import is_other_weight, sample_entries
+from fura_rl.errors import FuraError
+from fura_rl.rollout import vllm_names
+from fura_rl.rollout.payload import Adapter
+from fura_rl.rollout.pristine import PristineWeights
+
+
+@dataclass(frozen=True)
+class EngineLayer:
+    """A linear layer of the engine and the checkpoint's layers whose rows it holds, in order."""
+
+    path: str
+    module: nn.Module
+    parts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What an engine's weights are made of: blocks by checkpoint layer, and the engine's layers that they touch."""
+
+    blocks: dict[str, FuraBlocks]
+    layers: dict[str, EngineLayer]
+
+
+NOTHING = Merge({}, {})
+
+
+class InEngineAdapter:
+    """The adapter that is merged into an engine's model.
+
+    Args:
+        model: The engine's model, with all of its ranks' slices if it is one of several ranks.
+        pristine: The checkpoint that the engine was started from.
+    """
+
+    def __init__(self, model: nn.Module, pristine: PristineWeights) -> None:
+        self.model = model
+        self.pristine = pristine
+        self.current = NOTHING
+        self._undo: Merge | None = None  # what the last commit replaced, if it succeeded
+        self._lost = False
+        self._packed = vllm_names.packed_modules(model)
+
+    # -- prepare --------------------------------------------------------------------------------------------------
+
+    def prepare(self, adapter: Adapter | None) -> Merge:
+        """Checks an adapter against the engine and its base; None stands for the base itself.
+
+        Raises:
+            FuraError: the adapter does not fit. The engine is as it was.
+        """
+        self._check_alive()
+        if adapter is None:
+            return NOTHING
+        if not adapter.modules:
+            raise FuraError("The adapter holds no layers.")
+        blocks = adapter.blocks(self.pristine.device)
+        layers = {layer.path: layer for layer in map(self._find_layer, blocks)}
+        for name, block in blocks.items():
+            self._check_fit(name, block, adapter.modules[name].get("base_sample"))
+        return Merge(blocks, layers)
+
+    def _find_layer(self, name: str) -> EngineLayer:
+        parent, _, leaf = name.rpartition(".")
+        path = name
+        parts: tuple[str, ...] = (name,)
+        for fused, leaves in self._packed.items():
+            if leaf in leaves:
+                path, parts = f"{parent}.{fused}", tuple(f"{parent}.{part}" for part in leaves)
+        try:
+            module = self.model.get_submodule(path)
+        except AttributeError as error:
+            raise FuraError(f"The adapter was made for another model: this engine has no layer {path}.") from error
+        if not vllm_names.is_plain_linear(module):
+            raise FuraError(
+                f"{path} is no linear layer with plain weights in this engine (it may be quantised): an adapter "
+                "cannot be merged into it."
+            )
+        for part in parts:
+            if f"{part}.weight" not in self.pristine:
+                raise FuraError(
+                    f"The base checkpoint has no tensor {part}.weight, which the engine's {path} is made of."
+                )
+        return EngineLayer(path, module, parts)
+
+    def _check_fit(self, name: str, blocks: FuraBlocks, sample: torch.Tensor | None) -> None:
+        shape = self.pristine.shape(f"{name}.weight")
+        adapted = shape[1 if blocks.side == "input" else 0]
+        width = blocks.num_blocks * blocks.block_size
+        if adapted != width:
+            raise FuraError(
+                f"The adapter was made for another base model: its blocks of {name} cover {width} features, this "
+                f"model has {adapted}."
+            )
+        if sample is not None and is_other_weight(sample, sample_entries(self.pristine[f"{name}.weight"])):
+            raise FuraError(f"The adapter was made for another base model: the weight of {name} differs altogether.")
+        if blocks.bias is not None:
+            bias = f"{name}.bias"
+            if bias not in self.pristine or self.pristine.shape(bias) != tuple(blocks.bias.shape):
+                raise FuraError(f"The adapter was made for another base model: it trains a bias of {name}.")
+
+    # -- commit ---------------------------------------------------------------------------------------------------
+
+    def commit(self, merge: Merge) -> None:
+        """Makes the engine's weights those of `merge`.
+
+        Raises:
+            FuraError: a layer could not be written; the engine has its old weights again.
+        """
+        self._check_alive()
+        old, self._undo = self.current, None
+        layers = old.layers | merge.layers
+        written: list[EngineLayer] = []
+        try:
+            for layer in layers.values():
+                written.append(layer)
+                self._write(layer, merge.blocks, with_bias=_trains_bias(layer, merge.blocks, old.blocks))
+        except Exception as error:
+            self._lost = True  # until the old weights are back
+            for layer in written:
+                self._write(layer, old.blocks, with_bias=_trains_bias(layer, merge.blocks, old.blocks))
+            self._lost = False
+            raise FuraError(f"The adapter could not be merged; the old weights are back: {error}") from error
+        self._undo, self.current = old, merge
+
+    def rollback(self) -> None:
+        """Undoes the last commit where it succeeded: another rank's may not have."""
+        if self._undo is not None:
+            self.commit(self._undo)
+
+    @torch.no_grad()
+    def _write(self, layer: EngineLayer, blocks: dict[str, FuraBlocks], *, with_bias: bool) -> None:
+        weights = [self._merged(part, blocks.get(part)) for part in layer.parts]
+        vllm_names.store_weight(layer.module, weights)
+        if with_bias:
+            vllm_names.store_bias(layer.module, [self._merged_bias(part, blocks.get(part)) for part in layer.parts])
+
+    def _merged(self, part: str, blocks: FuraBlocks | None) -> torch.Tensor:
+        weight = self.pristine[f"{part}.weight"]
+        return weight if blocks is None else blocks.multiply(weight.float(), blocks())
+
+    def _merged_bias(self, part: str, blocks: FuraBlocks | None) -> torch.Tensor:
+        bias = self.pristine[f"{part}.bias"].float()
+        return bias if blocks is None or blocks.bias is None else bias + blocks.bias
+
+    def _check_alive(self) -> None:
+        if self._lost:
+            raise FuraError("An earlier change failed and could not be undone: restart the engine.")
+
+
+def _trains_bias(layer: EngineLayer, *all_blocks: dict[str, FuraBlocks]) -> bool:
+    return any(part in blocks and blocks[part].bias is not None for part in layer.parts for blocks in all_blocks)

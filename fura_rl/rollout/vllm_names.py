@@ -1,0 +1,177 @@
+"""Every name of vLLM outside its documented interface that adapters in a running engine rest on.
+
+Documented, and so not here: `LLM.collective_rpc`, the options `--worker-extension-cls` and `--middleware`. When a
+new vLLM moves something, `missing_names()` says what, and only this file has to follow.
+
+Read from vLLM 0.31; what the names are for:
+- a worker's `model_runner.get_model()` is the engine's model, `model_config` says which checkpoint it was loaded from;
+- a model class's `packed_modules_mapping` says which checkpoint matrices one fused layer holds;
+- a linear layer has a `quant_method`, and each parameter a `weight_loader(param, full tensor, shard)`, which knows
+  fused storage and tensor parallelism. vLLM's CPU build repacks a weight in `process_weights_after_loading` and leaves
+  an empty parameter behind;
+- the server keeps its engine in `app.state.engine_client`, and that can pause, resume and call the workers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import nn
+
+from fura_rl.errors import FuraError
+
+WORKER_EXTENSION = "fura_rl.rollout.worker.FuraWorker"
+MIDDLEWARE = "fura_rl.rollout.middleware.FuraMiddleware"
+# Run with `python -m`, newest first: `vllm serve` looks for a distribution named vllm, which the CPU build is not.
+SERVER_MODULES = ("vllm.entrypoints.launchers.api_server.entry", "vllm.entrypoints.openai.api_server")
+
+IMPORTED = (
+    "vllm.LLM.collective_rpc",
+    "vllm.LLM.reset_prefix_cache",
+    "vllm.v1.engine.async_llm.AsyncLLM.pause_generation",
+    "vllm.v1.engine.async_llm.AsyncLLM.resume_generation",
+    "vllm.v1.engine.async_llm.AsyncLLM.collective_rpc",
+    "vllm.v1.worker.gpu_model_runner.GPUModelRunner.get_model",
+    "vllm.model_executor.layers.linear.QKVParallelLinear.weight_loader",
+    "vllm.model_executor.layers.linear.MergedColumnParallelLinear.weight_loader",
+    "vllm.model_executor.layers.linear.UnquantizedLinearMethod.process_weights_after_loading",
+    "vllm.model_executor.models.qwen3.Qwen3ForCausalLM.packed_modules_mapping",
+)
+
+
+def missing_names() -> list[str]:
+    """Which of the names this vLLM does not have: empty if all is well."""
+    missing = [name for name in IMPORTED if not _exists(name)]
+    return missing if any(map(_exists, SERVER_MODULES)) else [*missing, SERVER_MODULES[0]]
+
+
+def _exists(dotted: str) -> bool:
+    parts = dotted.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            module = importlib.import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        try:
+            reduce(getattr, parts[length:], module)
+        except AttributeError:
+            return False
+        return True
+    return False
+
+
+def attribute(obj: Any, dotted: str) -> Any:
+    """`obj.a.b` for "a.b".
+
+    Raises:
+        FuraError: this vLLM has no such attribute; the message names it.
+    """
+    try:
+        return reduce(getattr, dotted.split("."), obj)
+    except AttributeError as error:
+        import vllm
+
+        raise FuraError(
+            f"vLLM {vllm.__version__} has no {type(obj).__name__}.{dotted}, on which swapping adapters rests: use a "
+            "version that this release of fura-rl was tested with."
+        ) from error
+
+
+# -- a worker -------------------------------------------------------------------------------------------------------
+
+
+def engine_model(worker: Any) -> nn.Module:
+    return attribute(worker, "model_runner.get_model")()
+
+
+def checkpoint_of(worker: Any) -> tuple[str, str | None]:
+    """Model name or folder, and revision, that the worker's engine was started with."""
+    config = attribute(worker, "model_runner.model_config")
+    return attribute(config, "model"), attribute(config, "revision")
+
+
+def compiles_on_cpu(worker: Any) -> bool:
+    """Whether a compiled graph may hold on to the packed CPU weights that a swap replaces."""
+    config = attribute(worker, "model_runner.model_config")
+    return next(engine_model(worker).parameters()).device.type == "cpu" and not attribute(config, "enforce_eager")
+
+
+# -- a model's layers -----------------------------------------------------------------------------------------------
+
+
+def packed_modules(model: nn.Module) -> dict[str, list[str]]:
+    """Fused layer -> the checkpoint's layers in it, such as {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}."""
+    return attribute(model, "packed_modules_mapping")
+
+
+def shard_ids(module: nn.Module, count: int) -> list[tuple]:
+    """The further arguments that a layer's `weight_loader` takes for each of its `count` parts."""
+    from vllm.model_executor.layers.linear import QKVParallelLinear
+
+    if count == 1:
+        return [()]
+    return (
+        [(shard,) for shard in ("q", "k", "v")]
+        if isinstance(module, QKVParallelLinear)
+        else [(i,) for i in range(count)]
+    )
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether the layer is linear with a weight that is not quantised."""
+    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+    return isinstance(module, LinearBase) and isinstance(attribute(module, "quant_method"), UnquantizedLinearMethod)
+
+
+def store_weight(module: nn.Module, parts: list[torch.Tensor]) -> None:
+    """Replace a layer's weight by the whole checkpoint-shaped matrices `parts`, one for each part of a fused layer.
+
+    An unpacked weight is written in place, so that CUDA graphs go on reading it, and each rank keeps its own slice.
+    """
+    weight = attribute(module, "weight")
+    if weight.numel():
+        _load(module, weight, parts)
+        return
+    if attribute(module, "tp_size") > 1:
+        raise FuraError("Adapters cannot be merged into a CPU engine with tensor parallelism.")
+    module.weight = nn.Parameter(torch.cat([part.to(weight.dtype) for part in parts]), requires_grad=False)
+    attribute(module, "quant_method").process_weights_after_loading(module)
+
+
+def store_bias(module: nn.Module, parts: list[torch.Tensor]) -> None:
+    """As `store_weight`; biases are never packed."""
+    _load(module, attribute(module, "bias"), parts)
+
+
+def _load(module: nn.Module, parameter: torch.Tensor, parts: list[torch.Tensor]) -> None:
+    loader = attribute(parameter, "weight_loader")
+    for part, shard in zip(parts, shard_ids(module, len(parts)), strict=True):
+        loader(parameter, part, *shard)
+
+
+# -- a server -------------------------------------------------------------------------------------------------------
+
+
+def server_module() -> str:
+    """What `python -m` runs to start an OpenAI-compatible server."""
+    return next((name for name in SERVER_MODULES if _exists(name)), SERVER_MODULES[0])
+
+
+def engine_of_app(app: Any) -> Any:
+    """The `AsyncLLM` behind a vLLM server's FastAPI application."""
+    return attribute(app, "state.engine_client")
+
+
+def has_extension(llm: Any) -> bool:
+    """Whether a `vllm.LLM` was made with `worker_extension_cls=WORKER_EXTENSION`."""
+    config = attribute(llm, "llm_engine.vllm_config.parallel_config")
+    return attribute(config, "worker_extension_cls") == WORKER_EXTENSION
+
+
+def runs_in_process(llm: Any) -> bool:
+    """Whether a `vllm.LLM`'s engine shares this process (VLLM_ENABLE_V1_MULTIPROCESSING=0)."""
+    return hasattr(attribute(llm, "llm_engine.engine_core"), "engine_core")

@@ -1,0 +1,108 @@
+"""What runs inside vLLM's workers: methods that vLLM adds to its worker class (`--worker-extension-cls`).
+
+Called through `collective_rpc`, on every rank. Mistakes of users come back as `{"error": sentence}`: an exception would
+lose its type on the way, and with several ranks end the engine. `fura_prepare*` touch no weights and may run while
+requests are served; between `fura_commit` and the reset of the prefix cache no request may run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from fura_rl.errors import FuraError
+from fura_rl.rollout import vllm_names
+from fura_rl.rollout.in_engine import InEngineAdapter, Merge
+from fura_rl.rollout.payload import Adapter, read_folder, unpack, update
+from fura_rl.rollout.pristine import PristineWeights, check_keep
+
+Reply = dict[str, Any]
+
+
+def _reply(method: Callable[..., Reply | None]) -> Callable[..., Reply]:
+    @wraps(method)
+    def answer(self: Any, *args: Any) -> Reply:
+        try:
+            return method(self, *args) or {}
+        except FuraError as error:
+            return {"error": str(error)}
+
+    return answer
+
+
+class FuraWorker:
+    """Mixed into a vLLM worker. Every name starts with `fura_`, as vLLM asks for names of its own."""
+
+    @_reply
+    def fura_setup(self, keep: str) -> Reply:
+        """Prepares for swaps; `keep` says where base weights stay, see `PristineWeights`. Safe to call again."""
+        if not hasattr(self, "fura_state"):
+            self.fura_state = _State(self, keep)
+        return {"base": vllm_names.checkpoint_of(self)[0]}
+
+    @_reply
+    def fura_prepare(self, path: str | None) -> Reply:
+        """Reads and checks the adapter in a folder; None for the base."""
+        return self.fura_state.prepare(None if path is None else read_folder(path))
+
+    @_reply
+    def fura_prepare_pushed(self, data: bytes) -> Reply:
+        """Reads and checks an adapter that was sent as bytes (`payload.pack`), in full or as an update of the last."""
+        kind, adapter = unpack(data)
+        state = self.fura_state
+        if kind == "trained":
+            if state.pushed is None:
+                raise FuraError("An update came before the adapter itself.")
+            adapter = update(state.pushed, adapter)
+        reply = state.prepare(adapter)
+        state.pushed = adapter
+        return reply
+
+    @_reply
+    def fura_commit(self) -> None:
+        """Merges what was prepared."""
+        self.fura_state.commit()
+
+    @_reply
+    def fura_rollback(self) -> None:
+        """Undoes the last commit."""
+        self.fura_state.engine.rollback()
+
+
+class _State:
+    """What a worker remembers between calls."""
+
+    def __init__(self, worker: Any, keep: str) -> None:
+        if vllm_names.compiles_on_cpu(worker):
+            raise FuraError("On a CPU, adapters can be swapped only with enforce_eager (--enforce-eager).")
+        model = vllm_names.engine_model(worker)
+        name, revision = vllm_names.checkpoint_of(worker)
+        device = next(model.parameters()).device
+        pristine = PristineWeights(name, revision=revision, keep=check_keep(keep), device=device)
+        self.engine = InEngineAdapter(model, pristine)
+        self.pushed: Adapter | None = None
+        self.prepared: Merge | None = None
+
+    def prepare(self, adapter: Adapter | None) -> Reply:
+        self.prepared = None
+        self.prepared = self.engine.prepare(adapter)
+        return {"checksum": "" if adapter is None else adapter.checksum, "layers": len(self.prepared.blocks)}
+
+    def commit(self) -> None:
+        if self.prepared is None:
+            raise FuraError("Nothing was prepared.")
+        self.engine.commit(self.prepared)
+        self.prepared = None
+
+
+def first_reply(replies: list[Reply]) -> Reply:
+    """The reply of the first rank.
+
+    Raises:
+        FuraError: a rank has refused; its sentence.
+    """
+    for reply in replies:
+        if "error" in reply:
+            raise FuraError(reply["error"])
+    return replies[0]
