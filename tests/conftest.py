@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,3 +42,26 @@ def tiny_problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
     script = Path(__file__).parents[1] / "examples" / "tiny" / "problems.py"
     subprocess.run([sys.executable, script, "--out", folder, "--train", "64", "--test", "16"], check=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_problems: Path) -> Path:
+    """The directory of a real run: two steps of the tiny model, with the engine that this machine has."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    run = base / "tiny_run"
+    options = dict(
+        model_name_or_path=tiny_model, dataset_name=tiny_problems / "train.jsonl", output_dir=run, prompt="plain",
+        benchmarks=tiny_problems / "test.jsonl", benchmark_steps=1, benchmark_max_tokens=64, max_steps=2,
+        per_device_train_batch_size=32, num_generations=8, max_completion_length=64, learning_rate=1e-3, beta=0.01,
+        vllm_max_model_length=256, save_strategy="no",
+    )  # fmt: skip
+    arguments = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    with FileLock(base / "tiny_run.lock"):  # once for all workers
+        if not run.exists():
+            process = subprocess.run(
+                [sys.executable, "-m", "fura_rl.cli", "train", *arguments], capture_output=True, text=True, timeout=500,
+                env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            )  # fmt: skip
+            assert process.returncode == 0, process.stderr[-3000:]
+    return run

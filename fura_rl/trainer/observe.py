@@ -94,11 +94,11 @@ class ObserverCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         every = max(state.max_steps // LAYER_LINES, 1)
-        if state.is_world_process_zero and (state.global_step % every == 0 or state.global_step == state.max_steps):
-            if norms := relative_norms(self.trainer.model):
-                rounded = {name: float(f"{norm:.4g}") for name, norm in norms.items()}
-                with (self.output / "layers.jsonl").open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"step": state.global_step, "relative_norm": rounded}) + "\n")
+        due = state.global_step % every == 0 or state.global_step == state.max_steps
+        if state.is_world_process_zero and due and (norms := relative_norms(self.trainer.model)):
+            rounded = {name: float(f"{norm:.4g}") for name, norm in norms.items()}
+            with (self.output / "layers.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, "relative_norm": rounded}) + "\n")
 
     def on_log(
         self,
