@@ -10,6 +10,8 @@ from fura_rl.adapter.inspect import info_command
 from fura_rl.errors import FuraError
 from fura_rl.eval.commands import compare_command, eval_command, overlap_command
 from fura_rl.rewards.audit import audit_command
+from fura_rl.rollout.client import swap_command
+from fura_rl.rollout.serve import serve_command
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,6 +24,8 @@ app.command("compare")(compare_command)
 app.command("overlap")(overlap_command)
 app.command("info")(info_command)
 app.command("audit")(audit_command)
+app.command("swap")(swap_command)
+app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve_command)
 
 
 @app.command(

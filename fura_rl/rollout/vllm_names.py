@@ -15,6 +15,7 @@ Read from vLLM 0.31; what the names are for:
 from __future__ import annotations
 
 import importlib
+import os
 from functools import reduce
 from typing import Any
 
@@ -164,6 +165,12 @@ def server_module() -> str:
 def engine_of_app(app: Any) -> Any:
     """The `AsyncLLM` behind a vLLM server's FastAPI application."""
     return attribute(app, "state.engine_client")
+
+
+def api_keys_of_app(app: Any) -> list[str]:
+    """The keys that a vLLM server asks for; empty if it asks for none."""
+    keys = attribute(app, "state.args.api_key") or [os.environ.get("VLLM_API_KEY", "")]
+    return [key for key in keys if key]
 
 
 def has_extension(llm: Any) -> bool:

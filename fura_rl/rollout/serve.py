@@ -1,0 +1,81 @@
+"""`fura-rl serve BASE`: an OpenAI-compatible vLLM server whose adapter can be swapped while it runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from fura_rl.errors import FuraError
+from fura_rl.rollout import vllm_names
+from fura_rl.rollout.availability import vllm_problem
+from fura_rl.rollout.payload import read_folder
+from fura_rl.rollout.pristine import check_keep
+from fura_rl.rollout.server_adapters import ServeSettings
+
+# What TRL asks of a server: log-probs after temperature, and as many of them as it likes.
+TRAINING_OPTIONS = ("--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1")
+
+
+def parse_named(values: list[str]) -> dict[str, str]:
+    """NAME=PATH, ... as a dict.
+
+    Raises:
+        FuraError: a value is none, a name occurs twice, or there is no adapter at the path that could be served.
+    """
+    named: dict[str, str] = {}
+    for value in values:
+        name, separator, path = value.partition("=")
+        if not (name and separator and path):
+            raise FuraError(f"--adapter {value}: write NAME=PATH.")
+        if name in named:
+            raise FuraError(f"--adapter {value}: the name {name} is given twice.")
+        read_folder(path)
+        named[name] = str(Path(path).resolve())
+    return named
+
+
+def server_command(base: str, options: list[str], *, for_training: bool, on_cpu: bool) -> list[str]:
+    """The command line of vLLM's server, with what adapters need; options of the user come last and win."""
+    command = [sys.executable, "-m", vllm_names.server_module(), "--model", base, "--host", "127.0.0.1"]
+    command += ["--worker-extension-cls", vllm_names.WORKER_EXTENSION, "--middleware", vllm_names.MIDDLEWARE]
+    if on_cpu:
+        command.append("--enforce-eager")  # a compiled graph would keep the packed weights that a swap replaces
+    if for_training:
+        command += TRAINING_OPTIONS
+    return command + options
+
+
+def serve_command(
+    context: typer.Context,
+    base: Annotated[str, typer.Argument(help="Name or path of the base model.")],
+    adapter: Annotated[list[str], typer.Option(help="NAME=PATH of an adapter; the first one is merged at start.")] = [],  # noqa: B006
+    adapter_dir: Annotated[list[Path], typer.Option(help="Folder below which adapters may be loaded.")] = [],  # noqa: B006
+    watch: Annotated[Path | None, typer.Option(help="Swap in each new checkpoint of this training run.")] = None,
+    keep: Annotated[str, typer.Option(help="Where base weights stay: cpu, device, checkpoint (read again).")] = "cpu",
+    for_training: Annotated[bool, typer.Option(help="Take adapters from a trainer (vllm_transport: adapter).")] = False,
+    drain_seconds: Annotated[float, typer.Option(help="How long a swap waits for requests in flight.")] = 600.0,
+) -> None:
+    """An OpenAI-compatible vLLM server whose FuRA adapter can be swapped while it runs. Further options are vLLM's."""
+    if problem := vllm_problem():
+        raise FuraError(f"vLLM cannot be imported ({problem}): install fura-rl[vllm].")
+    for folder in [*adapter_dir, *([watch] if watch else [])]:
+        if not folder.is_dir():
+            raise FuraError(f"{folder} is no folder.")
+    named = parse_named(adapter)
+    settings = ServeSettings(
+        named=named,
+        folders=[str(folder.resolve()) for folder in adapter_dir],
+        first=next(iter(named), None),
+        keep=check_keep(keep),
+        watch=str(watch.resolve()) if watch else None,
+        push=for_training,
+        drain_seconds=drain_seconds,
+    )
+    command = server_command(base, context.args, for_training=for_training, on_cpu=not torch.cuda.is_available())
+    # The server takes this process's place, so that its signals and exit status are the server's.
+    os.execve(command[0], command, {**os.environ, **settings.to_environment()})
