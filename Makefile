@@ -3,6 +3,7 @@
 # make lint   ruff and mypy
 PYTHON ?= python3
 BIN := .venv/bin
+JOBS ?= 2
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
@@ -16,8 +17,10 @@ demo: environment
 	@$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		fura_rl/train_grpo.py --config configs/demo.yaml
 
+# One thread a process: on small tensors two threads mostly wait for each other. A file's tests stay in one process,
+# so that they share an engine.
 test: environment
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: environment
 	@$(BIN)/ruff check .

@@ -11,6 +11,7 @@ from accelerate.hooks import AlignDevicesHook
 from peft.utils.integrations import gather_params_ctx
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from .errors import AdapterError
@@ -69,6 +70,11 @@ def adapter_device(base_layer: nn.Module) -> torch.device | None:
     return next((tensor.device for tensor in base_layer.parameters()), None)
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that FSDP2 has sharded, gathered (every rank must call it); any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def is_transposed(base_layer: nn.Module) -> bool:
     """Whether the layer stores its weight as (in, out), as GPT-2's `Conv1D` does."""
     return isinstance(base_layer, Conv1D)
@@ -78,7 +84,8 @@ def is_transposed(base_layer: nn.Module) -> bool:
 def reading_weight(
     base_layer: Any, snapshot: BaseSnapshot | None, backend: QuantizationBackend | None, name: str
 ) -> Iterator[torch.Tensor]:
-    """Yields the unmerged weight of `base_layer` as (out, in): dequantised, gathered under ZeRO-3, loaded if offloaded.
+    """Yields the unmerged weight of `base_layer` as (out, in): dequantised, gathered under ZeRO-3 and FSDP2, loaded if
+    offloaded.
 
     The yielded tensor may be the weight itself: it must not be written to.
 
@@ -97,7 +104,7 @@ def reading_weight(
             # DeepSpeed refuses to gather what a caller has gathered already
             partitioned = hasattr(source.weight, "ds_id") and source.weight.numel() == 0
             with gather_params_ctx(source.weight, modifier_rank=None) if partitioned else nullcontext():
-                weight = source.weight.data
+                weight = whole(source.weight.data)
                 yield weight.T if is_transposed(base_layer) else weight
     finally:
         if fetch:

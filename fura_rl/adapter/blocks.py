@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
+from .base_weight import whole
 from .basis import block_basis, random_basis
 from .config import Basis, FuraConfig, Side, SingularValues
 from .errors import AdapterError
@@ -94,8 +95,8 @@ class FuraBlocks(nn.Module):
             )
         # On the output side M = R diag(s) P is the transpose of the input side's P diag(s) R.
         with torch.autocast("cpu" if self.core.is_meta else self.core.device.type, enabled=False):
-            core = self.core.mT if transposed else self.core
-            delta = block_delta(self.basis, self.sigma, core, self.scale, merged=merged)
+            core, scale = whole(self.core), None if self.scale is None else whole(self.scale)
+            delta = block_delta(self.basis, self.sigma, core.mT if transposed else core, scale, merged=merged)
             if transposed:
                 delta = delta.mT
             if self.fold is not None:

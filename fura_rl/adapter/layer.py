@@ -16,8 +16,9 @@ from peft.utils.quantization_utils import (
     resolve_quantization_backend,
 )
 from torch import nn
+from torch.distributed.tensor import DTensor, Shard
 
-from .base_weight import BaseSnapshot, adapter_device, is_transposed, reading_weight
+from .base_weight import BaseSnapshot, adapter_device, is_transposed, reading_weight, whole
 from .basis import fit_block_size, resolve_block_size
 from .blocks import FuraBlocks
 from .config import FuraConfig
@@ -203,15 +204,40 @@ class FuraLayer(nn.Module, BaseTunerLayer):
         return merged.T.contiguous() if is_transposed(self.get_base_layer()) else merged
 
     @torch.no_grad()
+    def merged_shard(self) -> DTensor | None:
+        """The merged weight in float32, sharded as FSDP2 has sharded the base weight; None if it cannot be made so.
+
+        `W M` acts row by row, so each rank merges the rows that it holds and only the small multiplier is gathered.
+        Every rank must call it.
+        """
+        base: Any = self.get_base_layer()
+        blocks = self.named_blocks(None)
+        by_rows = isinstance(base.weight, DTensor) and base.weight.placements == (Shard(0),)
+        if not by_rows or self.merged or is_transposed(base) or any(block.side == "output" for block in blocks):
+            return None
+        rows = base.weight.to_local()
+        merged = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        for block in blocks:
+            delta = block()
+            merged = block.multiply(merged, delta) if len(merged) else merged
+        return DTensor.from_local(
+            merged,
+            base.weight.device_mesh,
+            base.weight.placements,
+            shape=base.weight.shape,
+            stride=base.weight.stride(),
+        )
+
+    @torch.no_grad()
     def merged_bias(self, adapter_names: list[str] | None = None) -> torch.Tensor | None:
         """The bias with the trained differences of the adapters added, in float32; None if the layer has no bias."""
         base_bias = self._unmerged_bias
         if base_bias is None:
             return None
-        bias = base_bias.to(torch.promote_types(base_bias.dtype, torch.float32), copy=True)
+        bias = whole(base_bias).to(torch.promote_types(base_bias.dtype, torch.float32), copy=True)
         for block in self.named_blocks(adapter_names):
             if block.bias is not None:
-                bias += block.bias
+                bias += whole(block.bias)
         return bias
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:

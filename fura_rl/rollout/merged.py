@@ -12,8 +12,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from fura_rl.adapter import FuraLayer
+from fura_rl.adapter.base_weight import whole
 
 Gather = AbstractContextManager  # of a ZeRO-3 partitioned parameter
 
@@ -34,12 +36,31 @@ def checkpoint_name(name: str) -> str:
     return name.replace("_checkpoint_wrapped_module.", "").replace("modules_to_save.default.", "")
 
 
+def cast(weight: torch.Tensor, dtype: torch.dtype, rounding: torch.Generator | None) -> torch.Tensor:
+    """A float32 tensor (or DTensor) in another dtype: to the nearest, or stochastically for bfloat16.
+
+    Stochastic rounding picks one of the two neighbours with a probability that makes the result right on average, so
+    that an update smaller than half a spacing still reaches a share of the entries.
+    """
+    if rounding is None or dtype != torch.bfloat16:
+        return weight.to(dtype)
+    if isinstance(weight, DTensor):
+        local = cast(weight.to_local(), dtype, rounding)
+        return DTensor.from_local(
+            local, weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride()
+        )
+    bits = weight.float().view(torch.int32)
+    noise = torch.randint(0, 1 << 16, bits.shape, generator=rounding, device=bits.device, dtype=torch.int32)
+    return ((bits + noise) & -(1 << 16)).view(torch.float32).to(dtype)  # bfloat16 is the upper half of float32
+
+
 def merged_weights(
     model: nn.Module,
     *,
     dtype: torch.dtype | None = None,
     only_adapted: bool = False,
     gather: GatherFunction = _no_gather,
+    rounding: torch.Generator | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield `(checkpoint name, tensor)` of the merged policy, one tensor at a time, in a constant order.
 
@@ -49,7 +70,10 @@ def merged_weights(
             cast once.
         only_adapted: Leave out what training cannot have changed since the last full stream: parameters that no
             active adapter touches and that are frozen.
-        gather: Makes ZeRO-3 partitioned parameters whole, one module at a time; every rank must iterate.
+        gather: Makes ZeRO-3 partitioned parameters whole, one module at a time; every rank must iterate. Parameters
+            that FSDP2 has sharded are gathered without it, adapted ones after each rank has merged its rows.
+        rounding: Round merged weights to bfloat16 stochastically, with random bits from here (on the weights' device),
+            instead of to the nearest; it does nothing for other dtypes.
 
     Yields:
         The name as in the base checkpoint, and a detached tensor of the checkpoint's shape. Tied weights come once.
@@ -58,18 +82,23 @@ def merged_weights(
     seen: set[int] = set()
     for module_name, module in model.named_modules():
         if isinstance(module, FuraLayer):
-            yield from _merged_layer(f"{module_name}.", module, dtype, gather, seen)
+            yield from _merged_layer(f"{module_name}.", module, dtype, gather, rounding, seen)
     for name, parameter in model.named_parameters():
         if id(parameter) in seen or "original_module" in name or ".fura_" in name:
             continue
         if only_adapted and not parameter.requires_grad:
             continue
         with gather([parameter]):
-            yield checkpoint_name(name), parameter.detach().to(dtype or parameter.dtype)
+            yield checkpoint_name(name), whole(parameter.detach()).to(dtype or parameter.dtype)
 
 
 def _merged_layer(
-    prefix: str, layer: FuraLayer, dtype: torch.dtype | None, gather: GatherFunction, seen: set[int]
+    prefix: str,
+    layer: FuraLayer,
+    dtype: torch.dtype | None,
+    gather: GatherFunction,
+    rounding: torch.Generator | None,
+    seen: set[int],
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The weight (and bias) of one adapted layer; marks its base parameters as seen."""
     base: Any = layer.get_base_layer()
@@ -77,10 +106,12 @@ def _merged_layer(
     parameters = list(layer.parameters())
     seen.update(id(parameter) for parameter in base.parameters())
     with gather(parameters), torch.no_grad():
-        weight = layer.merged_weight()
         # A quantised weight has an integer dtype: the layer computes in, and the engine gets, the float one.
         own = base.weight.dtype if base.weight.dtype.is_floating_point else torch.get_default_dtype()
-        yield checkpoint_name(f"{prefix}base_layer.weight"), weight.to(dtype or own)
+        shard = layer.merged_shard()  # cast before it is gathered: half the bytes in bf16
+        weight = whole(cast(layer.merged_weight() if shard is None else shard, dtype or own, rounding))
+        del shard
+        yield checkpoint_name(f"{prefix}base_layer.weight"), weight
         del weight
         if bias is not None:
             merged_bias = layer.merged_bias()

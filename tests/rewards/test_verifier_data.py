@@ -23,7 +23,7 @@ def test_labelled_cases(shared_data: Path) -> None:
     misses = []
     for rounding in sorted(set(roundings)):
         chosen = [case for case, of_case in zip(cases, roundings, strict=True) if of_case == rounding]
-        with MathVerifier(fallback="expression", float_rounding=rounding) as verifier:
+        with MathVerifier(timeout=120, fallback="expression", float_rounding=rounding) as verifier:
             grades = verifier.grade([case["prediction"] for case in chosen], [case["gold"] for case in chosen])
         misses += [(c, g) for c, g in zip(chosen, grades, strict=True) if g.correct is not c["equal"]]
     for case, grade in misses:
@@ -68,7 +68,7 @@ def test_no_reference_matches_that_of_another_problem(shared_data: Path) -> None
         for problem in problems
         for other in rng.sample([p for p in problems if p is not problem], 20)
     ]
-    with MathVerifier(batch_timeout=500) as verifier:
+    with MathVerifier(timeout=120, batch_timeout=500) as verifier:
         grades = verifier.grade_extracted([other for _, other in pairs], [answer for answer, _ in pairs])
     assert len(pairs) == 10_000
     assert {grade.reason for grade in grades} == {"correct", "wrong"}

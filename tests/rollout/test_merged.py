@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 
 from fura_rl import FuraConfig
 from fura_rl.rollout import merged_weights
+from fura_rl.rollout.merged import cast
 
 SHAPE = dict(
     vocab_size=64, hidden_size=48, intermediate_size=76, num_hidden_layers=2, num_attention_heads=4,
@@ -60,3 +61,36 @@ def test_order_is_constant_and_dtype_is_cast_once():
     again = list(merged_weights(model, dtype=torch.bfloat16))
     assert [name for name, _ in again] == first
     assert all(torch.equal(tensor, exact[name].to(torch.bfloat16)) for name, tensor in again)
+
+
+def test_stochastic_rounding_is_right_on_average_and_picks_a_neighbour():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(1000) * 10 ** torch.linspace(-3, 3, 1000)
+    draws = torch.stack([cast(values, torch.bfloat16, generator).double() for _ in range(4000)])
+    down = (values.view(torch.int32) & -65536).view(torch.float32).double()  # towards zero
+    up = ((values.view(torch.int32) & -65536) + 65536).view(torch.float32).double()
+    assert ((draws == down) | (draws == up)).all()
+    spacing = (up - down).abs()
+    # 4,000 draws of a Bernoulli variable: six standard errors
+    assert ((draws.mean(0) - values.double()).abs() / spacing).max() < 6 * 0.5 / 4000**0.5
+    exact = torch.tensor([0.0, 1.0, -2.5, float("inf")])
+    assert torch.equal(cast(exact, torch.bfloat16, generator).float(), exact)
+
+
+def test_stochastic_rounding_keeps_updates_that_nearest_rounding_drops():
+    model = policy(Qwen3Config, tied=False).to(torch.bfloat16)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.mul_(0.002)  # the update is far below half a spacing of bfloat16
+    base = {n: t.clone() for n, t in model.get_base_model().named_parameters() if "base_layer.weight" in n}
+    exact, nearest, stochastic = 0.0, 0.0, 0.0
+    random = dict(merged_weights(model, rounding=torch.Generator().manual_seed(0)))
+    rounded, truth = dict(merged_weights(model)), dict(merged_weights(model, dtype=torch.float32))
+    for name, weight in base.items():
+        name, weight = name.replace(".base_layer", ""), weight.double()
+        update = truth[name].double() - weight
+        exact += float((update * update).sum())
+        nearest += float(((rounded[name].double() - weight) * update).sum())
+        stochastic += float(((random[name].double() - weight) * update).sum())
+    assert abs(nearest / exact) < 0.5
+    assert stochastic / exact == pytest.approx(1, abs=0.2)
