@@ -3,7 +3,8 @@
     accelerate launch fura_rl/train_grpo.py --config configs/<recipe>.yaml [--option value ...]
 
 Options are flat (TRL's convention): a YAML file through `--config`, and the command line wins. Everything goes to
-`output_dir`: the adapter and tokenizer, `summary.json`, `metrics.jsonl`, `completions/`, `config.yaml`, `curves.png`.
+`output_dir`: the adapter and tokenizer, `summary.json`, `metrics.jsonl`, `completions/`, `config.yaml`, `curves.png`,
+and `checkpoint-<step>/`, from which `--resume_from_checkpoint latest` goes on.
 """
 
 from __future__ import annotations
@@ -14,12 +15,11 @@ from pathlib import Path
 if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path.pop(0)  # run as a script: the package's own modules must not shadow top-level names
 
-import errno
 import os
 import shutil
 import time
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from peft import PeftConfig
@@ -34,7 +34,16 @@ from fura_rl.errors import FuraError
 from fura_rl.prompts import load_prompt
 from fura_rl.trainer import FuraGRPOConfig, FuraGRPOTrainer
 from fura_rl.trainer.arguments import AdapterArguments, DataArguments, ModelArguments
-from fura_rl.trainer.callbacks import MetricsFileCallback, ProgressCallback
+from fura_rl.trainer.callbacks import MetricsFileCallback, ProgressCallback, StopCallback
+from fura_rl.trainer.checkpoints import find_checkpoint, list_checkpoints, out_of_space, remove_partial, step_of
+from fura_rl.trainer.checks import (
+    check_contradictions,
+    check_option_names,
+    check_option_types,
+    check_problems,
+    check_target_modules,
+    check_vllm_version,
+)
 from fura_rl.trainer.observe import ObserverCallback
 from fura_rl.trainer.report import (
     adapter_table,
@@ -45,8 +54,17 @@ from fura_rl.trainer.report import (
     write_summary,
 )
 from fura_rl.trainer.report_page import write_report
+from fura_rl.trainer.resume import JOURNALS, remove_later_completions, restore_journals
+from fura_rl.trainer.signals import Interrupted, StopSignals
 
 MIN_FREE_BYTES = 200 * 2**20  # an adapter, its optimiser state and the logs of a small run
+
+
+class Parser(TrlParser):
+    """TRL's parser, whose errors are one sentence instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise FuraError(f"Option: {message}.")
 
 
 def parse(argv: list[str] | None = None) -> tuple[DataArguments, FuraGRPOConfig, ModelArguments, AdapterArguments]:
@@ -55,14 +73,17 @@ def parse(argv: list[str] | None = None) -> tuple[DataArguments, FuraGRPOConfig,
     Raises:
         FuraError: An option is unknown, has a wrong value, or a required one is missing.
     """
-    parser = TrlParser((DataArguments, FuraGRPOConfig, ModelArguments, AdapterArguments))
+    parser = Parser((DataArguments, FuraGRPOConfig, ModelArguments, AdapterArguments))
+    check_option_names(parser, sys.argv[1:] if argv is None else argv)
     try:
         data, training, model, adapter = parser.parse_args_and_config(args=argv)
-    except (ValueError, FileNotFoundError, yaml.YAMLError) as error:
-        raise FuraError(f"Configuration: {error}") from error
+    except (ValueError, TypeError) as error:
+        raise FuraError(f"Configuration: {' '.join(str(error).split())}") from error
     for value, option in ((data.dataset_name, "dataset_name"), (model.model_name_or_path, "model_name_or_path")):
         if value is None:
             raise FuraError(f"--{option} is missing: set it in the recipe or on the command line.")
+    check_option_types(data, training, model, adapter)
+    check_contradictions(training)
     return data, training, model, adapter
 
 
@@ -101,43 +122,65 @@ def adapter_config(arguments: AdapterArguments) -> PeftConfig:
     return FuraConfig(task_type="CAUSAL_LM", **options)
 
 
-def prepare_output(training: FuraGRPOConfig) -> Path:
-    """The run's directory, checked to be writable and to have room.
+def check_output(training: FuraGRPOConfig) -> Path:
+    """The run's directory: it can be written, has room, and holds no other run's checkpoints. Nothing is written.
 
     Raises:
-        FuraError: It cannot be written, or the disk is nearly full.
+        FuraError: One of these is not so.
     """
     output = Path(training.output_dir)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FuraError(f"Cannot write to output_dir {output}: {error.strerror}.") from error
-    if not os.access(output, os.W_OK):
-        raise FuraError(f"Cannot write to output_dir {output}: no permission.")
-    free = shutil.disk_usage(output).free
+    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise FuraError(f"Cannot write to output_dir {output}: {existing} is not a directory.")
+    if not os.access(existing, os.W_OK):
+        raise FuraError(f"Cannot write to output_dir {output}: no permission, or the file system is read-only.")
+    free = shutil.disk_usage(existing).free
     if free < MIN_FREE_BYTES:
         raise FuraError(
             f"Only {free // 2**20} MiB are free at output_dir {output}: at least {MIN_FREE_BYTES // 2**20} are needed."
         )
+    if list_checkpoints(output) and not training.resume_from_checkpoint:
+        raise FuraError(
+            f"{output} holds checkpoints of an earlier run: go on with --resume_from_checkpoint latest, or choose "
+            "another output_dir."
+        )
     return output
 
 
-def run(argv: list[str] | None = None) -> dict[str, Any]:
-    """Train as the options say and return the summary."""
+def run(argv: list[str] | None = None, signals: StopSignals | None = None) -> dict[str, Any]:
+    """Train as the options say and return the summary.
+
+    Args:
+        argv: Command line; the process's if None.
+        signals: Ends training early, with a checkpoint.
+    """
     started = time.time()
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        os.environ["MASTER_PORT"] = (
+            "0"  # TRL picks a free one; the usual 29500 would let only one run start on a machine
+        )
     data, training, model_arguments, adapter_arguments = parse(argv)
-    output = prepare_output(training)
-    options = changed_options(data, model_arguments, adapter_arguments, training)
+    output = check_output(training)
+    if training.use_vllm:
+        check_vllm_version()
+    wanted = training.resume_from_checkpoint
+    checkpoint = find_checkpoint(wanted, output) if wanted else None
     main_process = training.process_index == 0
+    options = changed_options(data, model_arguments, adapter_arguments, training)
+    text = yaml.safe_dump(options, sort_keys=True, allow_unicode=True)
     if main_process:
-        text = yaml.safe_dump(options, sort_keys=True, allow_unicode=True)
-        (output / "config.yaml").write_text(text, encoding="utf-8")
         print(f"--- configuration (what differs from the defaults)\n{text}", flush=True)
+        if wanted:
+            print(
+                f"--- resuming from {checkpoint}" if checkpoint else "--- no checkpoint yet: from the start", flush=True
+            )
 
     assert data.dataset_name is not None  # checked by parse
     problems = load_problems(data.dataset_name, split=data.dataset_train_split, config=data.dataset_config)
     prompt = load_prompt(training.prompt)
     model, tokenizer = load_model(model_arguments, training)
+    check_target_modules(model, adapter_arguments)
+    check_problems(problems, prompt, tokenizer, training, getattr(model.config, "max_position_embeddings", None))
     trainer = FuraGRPOTrainer(
         model,
         args=training,
@@ -149,22 +192,26 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressCallback(trainer))
     ObserverCallback(trainer, output, options).attach()
-    metrics_file = output / "metrics.jsonl"
-    if not training.resume_from_checkpoint:
-        metrics_file.write_text("", encoding="utf-8")
-    trainer.add_callback(MetricsFileCallback(metrics_file))
+    trainer.add_callback(MetricsFileCallback(output / JOURNALS[0]))
+    if signals is not None:
+        trainer.add_callback(StopCallback(trainer, signals))
     if main_process:
+        prepare_files(output, checkpoint)
+        (output / "config.yaml").write_text(text, encoding="utf-8")
         print(f"--- adapter\n{adapter_table(trainer.model)}", flush=True)
 
     try:
-        if trainer.benchmarks:
+        if trainer.benchmarks and checkpoint is None:
             trainer.evaluate()
-        trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-        trainer.save_model(str(output))
-        if trainer.benchmarks:
-            trainer.evaluate()
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        stopped = signals is not None and signals.received is not None
+        if not stopped:
+            trainer.save_model(str(output))
+            if trainer.benchmarks:
+                trainer.evaluate()
     finally:
         trainer.close()
+        best = trainer.best_checkpoint()
         summary = {
             "config": options,
             "versions": versions(),
@@ -172,17 +219,37 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
             "steps": trainer.state.global_step,
             "evaluations": trainer.evaluations,
             "generated_tokens": trainer.generated_tokens,
-            "seconds": {"total": time.time() - started, **trainer.clock.snapshot()},
+            "seconds": {"total": time.time() - started + trainer.seconds_before, **trainer.clock.snapshot()},
             "engine": "vllm" if trainer.use_vllm else "transformers",
             "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+            "best_checkpoint": best.name if best else None,
         }
         if main_process:
             write_summary(output / "summary.json", **summary)
             write_report(output)
-    if main_process:
-        plot_curves(metrics_file, trainer.evaluations, output / "curves.png")
+    if main_process and signals is not None and stopped:
+        print(
+            f"Stopped by {signals.received} after step {trainer.state.global_step}; {trainer.last_checkpoint} is "
+            "written. --resume_from_checkpoint latest goes on from there.",
+            flush=True,
+        )
+    elif main_process:
+        plot_curves(output / JOURNALS[0], trainer.evaluations, output / "curves.png")
         print_summary(summary, output)
     return summary
+
+
+def prepare_files(output: Path, checkpoint: Path | None) -> None:
+    """The directory as it was at the checkpoint, or empty journals."""
+    output.mkdir(parents=True, exist_ok=True)
+    remove_partial(output)
+    for name in JOURNALS:
+        if checkpoint is None or checkpoint.parent != output:
+            (output / name).unlink(missing_ok=True)
+    (output / JOURNALS[0]).touch()
+    if checkpoint is not None:
+        restore_journals(checkpoint, output)
+        remove_later_completions(output, step_of(checkpoint))
 
 
 def print_summary(summary: dict[str, Any], output: Path) -> None:
@@ -194,15 +261,15 @@ def print_summary(summary: dict[str, Any], output: Path) -> None:
     print(f"adapter and report: {output} (report.html, summary.json, metrics.jsonl, completions/)", flush=True)
 
 
-def out_of_space(error: BaseException) -> bool:
-    """Whether an error says that the disk is full (safetensors has its own exception for it)."""
-    return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 2 a mistake that the user can mend (one sentence on stderr)."""
+    """Exit status: 0 done or stopped by a signal, 2 a mistake that the user can mend (one sentence on stderr)."""
     try:
-        run(argv)
+        with StopSignals() as signals:
+            run(argv, signals)
+    except Interrupted as reason:
+        print(f"Stopped by {reason} outside of training: nothing was lost, the same command with "
+              "--resume_from_checkpoint latest goes on.", file=sys.stderr)  # fmt: skip
+        return 0
     except FuraError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

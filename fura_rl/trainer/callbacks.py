@@ -7,10 +7,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
+
+from fura_rl.trainer.signals import StopSignals
 
 if TYPE_CHECKING:
     from fura_rl.trainer.grpo import FuraGRPOTrainer
@@ -26,6 +29,43 @@ class BenchmarkCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step % self.steps == 0 and state.global_step < state.max_steps:
             control.should_evaluate = True  # after the step's own log entry, which an evaluation here would swallow
+
+
+class StopCallback(TrainerCallback):
+    """Ends training after the step in which a signal came, with a checkpoint.
+
+    Attributes:
+        signals: Armed to raise where there is nothing to save, and only noting signals while training.
+    """
+
+    def __init__(self, trainer: FuraGRPOTrainer, signals: StopSignals) -> None:
+        self.trainer = trainer
+        self.signals = signals
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.signals.deferred = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._any_rank_stops():
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.signals.deferred = False
+
+    def _any_rank_stops(self) -> bool:
+        received = self.signals.received is not None
+        accelerator = self.trainer.accelerator
+        if accelerator.num_processes > 1:  # a launcher may not reach all ranks in the same step
+            flag = torch.tensor([float(received)], device=accelerator.device)
+            received = bool(accelerator.reduce(flag, "sum").item())
+            if received and self.signals.received is None:
+                self.signals.received = "a signal to another process"
+        return received
 
 
 class MetricsFileCallback(TrainerCallback):

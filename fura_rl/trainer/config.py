@@ -14,11 +14,11 @@ class FuraGRPOConfig(GRPOConfig):
 
     Every option of TRL's `GRPOConfig` exists here too. Changed defaults: `use_vllm=True` with a colocated engine,
     `vllm_importance_sampling_mode="token_truncate"` (a sequence-level mask drops long completions), `logging_steps=1`,
-    `report_to="none"`, `gradient_checkpointing=False` (an adapter this small rarely needs it), and `bf16` autocast only
-    where CUDA is available.
+    `report_to="none"`, `gradient_checkpointing=False` (an adapter this small rarely needs it), a checkpoint every 50
+    steps of which the newest two stay, and `bf16` autocast only where CUDA is available.
     """
 
-    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "vllm_engine_kwargs"]  # noqa: RUF012 (TRL's name)
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "vllm_engine_kwargs", "guards"]  # noqa: RUF012 (TRL's name)
 
     # Changed defaults of TRL and transformers.
     use_vllm: bool = field(
@@ -38,6 +38,29 @@ class FuraGRPOConfig(GRPOConfig):
     )
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Recompute activations in the backward pass: less memory, more time."}
+    )
+
+    save_steps: float = field(default=50, metadata={"help": "Write a checkpoint every this many steps."})
+    save_total_limit: int | None = field(
+        default=2,
+        metadata={"help": "Newest checkpoints to keep, besides the best by metric_for_best_model; 0 keeps all."},
+    )
+    metric_for_best_model: str | None = field(
+        default=None,
+        metadata={"help": "Logged metric whose best checkpoint is kept: eval_<benchmark>_accuracy, reward, ..."},
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "Go on from a checkpoint: its path, or latest (from the start if there is none yet)."},
+    )
+
+    # Surviving.
+    guards: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Changes to the guards against broken runs as a dict or JSON, such as {kl: {above: 5, action: "
+            "rollback}, entropy: false}; guards are nonfinite, reward, entropy, length, kl."
+        },
     )
 
     # Rollouts.

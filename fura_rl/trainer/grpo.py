@@ -4,6 +4,7 @@ How it departs from `trl.GRPOTrainer` (1.16):
 - the policy is wrapped with FuRA adapters unless another `peft_config` is given;
 - merged weights are streamed into vLLM, and the trainer's weights never change (`fura_rl.rollout`);
 - after each generation the engine's log-probs are compared with the trainer's, and a gap stops the run;
+- runs resume exactly (`resumable`), and what has gone wrong stops, skips or rolls back (`guards`);
 - rewards are `fura_rl.rewards` by name, and the verifier that grades rollouts also grades the benchmarks;
 - `evaluate()` samples benchmarks once on the live engine instead of averaging losses of batches.
 """
@@ -12,6 +13,8 @@ from __future__ import annotations
 
 import json
 import logging
+import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,6 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
-from trl import GRPOTrainer
 from trl.trainer import grpo_trainer
 
 from fura_rl.adapter import FuraConfig
@@ -35,12 +37,14 @@ from fura_rl.trainer.benchmarks import benchmark_sampling, make_sampler
 from fura_rl.trainer.callbacks import BenchmarkCallback
 from fura_rl.trainer.clock import PhaseClock
 from fura_rl.trainer.config import FuraGRPOConfig
+from fura_rl.trainer.guards import GuardCallback, load_guards
 from fura_rl.trainer.report_page import save_answers
+from fura_rl.trainer.resumable import ResumableGRPOTrainer
 
 logger = logging.getLogger(__name__)
 
 
-class FuraGRPOTrainer(GRPOTrainer):
+class FuraGRPOTrainer(ResumableGRPOTrainer):
     """GRPO of a FuRA-adapted causal language model with verifiable rewards.
 
     Args:
@@ -53,7 +57,8 @@ class FuraGRPOTrainer(GRPOTrainer):
         **kwargs: Further arguments of `trl.GRPOTrainer`.
 
     Raises:
-        FuraError: The engine and the trainer disagree on log-probs by more than `args.max_logp_gap`.
+        FuraError: The engine and the trainer disagree on log-probs by more than `args.max_logp_gap`, or a guard stopped
+            the run.
     """
 
     _tag_names = ["trl", "grpo", "fura"]  # noqa: RUF012 (TRL's own class attribute)
@@ -70,6 +75,8 @@ class FuraGRPOTrainer(GRPOTrainer):
         **kwargs: Any,
     ) -> None:
         args = args or FuraGRPOConfig(output_dir="runs/grpo")
+        assert not isinstance(args.guards, str)  # the configuration has parsed it
+        guards = load_guards(args.guards)
         if args.use_vllm and (problem := vllm_problem()):
             logger.warning("vLLM cannot be imported (%s): transformers generates the rollouts, slowly.", problem)
             args.use_vllm = False
@@ -77,6 +84,8 @@ class FuraGRPOTrainer(GRPOTrainer):
             peft_config = FuraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
         self._last_loaded_step: int = -1  # TRL sets it where it uses vLLM
         self.clock = PhaseClock()
+        self.seconds_before = 0.0  # of the run before it was resumed
+        self._began = time.time()
         self.generated_tokens = 0
         self.evaluations: list[dict[str, Any]] = []
         self.verifier = verifier or MathVerifier(workers=args.verifier_workers, timeout=args.verifier_timeout)
@@ -96,6 +105,11 @@ class FuraGRPOTrainer(GRPOTrainer):
         ]
         if self.benchmarks and args.benchmark_steps:
             self.add_callback(BenchmarkCallback(self, args.benchmark_steps))
+        if self.is_deepspeed_enabled:  # it steps inside of backward: a step cannot be left out, nor state put back
+            guards = {name: replace(guard, action="stop") for name, guard in guards.items()}
+        self.gradient_norm = 0.0
+        self.guards = GuardCallback(self, guards)
+        self.add_callback(self.guards)
 
     # --- rollouts -------------------------------------------------------------------------------------------------
 
@@ -150,11 +164,53 @@ class FuraGRPOTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with self.clock.phase("reward"):
-            return super()._calculate_rewards(*args, **kwargs)
+            rewards = super()._calculate_rewards(*args, **kwargs)
+        if self.model.training:
+            self.guards.check_rewards(rewards, self.reward_func_names)
+        return rewards
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with self.clock.phase("train"):
-            return super().training_step(*args, **kwargs)
+            loss = super().training_step(*args, **kwargs)
+        self.last_loss = loss
+        return loss
+
+    # --- what survives --------------------------------------------------------------------------------------------
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        norm = super()._get_grad_norm(*args, **kwargs)
+        self.gradient_norm = float(norm)
+        return norm
+
+    def roll_back(self, checkpoint: Path) -> None:
+        """Put adapter and optimiser back to a checkpoint; data and schedule go on, with new rollouts."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._load_from_checkpoint(str(checkpoint))
+        state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+        self.optimizer.load_state_dict(state)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self._buffered_inputs = None
+        self._last_loaded_step = -1
+
+    def progress(self) -> dict[str, Any]:
+        """Counters and evaluations that a resumed run gets back."""
+        return {
+            **super().progress(),
+            "generated_tokens": self.generated_tokens,
+            "seconds": self.clock.snapshot(),
+            "elapsed": time.time() - self._began + self.seconds_before,
+            "evaluations": self.evaluations,
+            "guards": self.guards.state(),
+        }
+
+    def restore_progress(self, state: dict[str, Any]) -> None:
+        super().restore_progress(state)
+        self.generated_tokens = state["generated_tokens"]
+        self.clock.seconds.update(state["seconds"])
+        self.seconds_before = state["elapsed"]
+        self.evaluations = state["evaluations"]
+        self.guards.restore(state["guards"])
 
     # --- files ----------------------------------------------------------------------------------------------------
 
@@ -203,6 +259,7 @@ class FuraGRPOTrainer(GRPOTrainer):
                 metrics = self._run_benchmarks()
             self.accelerator.wait_for_everyone()
         self.log(metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # evaluated: not due any more
         return metrics
 
     def _run_benchmarks(self) -> dict[str, float]:

