@@ -55,7 +55,7 @@ class AllowedAdapters:
             file = folder / name
             if not file.exists():
                 raise FuraError(f"{folder} holds no {name}.")
-            if not file.resolve().is_relative_to(root):
+            if not _inside(file, root):
                 raise FuraError(f"{file} is a link out of {root}.")
         return folder
 
@@ -65,6 +65,10 @@ class AllowedAdapters:
         for root in self.folders:
             for config in sorted(root.rglob(CONFIG_NAME)):  # follows no links
                 folder = config.parent
-                if (folder / SAFETENSORS_WEIGHTS_NAME).exists():
+                if all((folder / name).exists() and _inside(folder / name, root) for name in FILES):
                     found.setdefault(str(folder.relative_to(root)), str(folder))
         return found
+
+
+def _inside(file: Path, root: Path) -> bool:
+    return file.resolve().is_relative_to(root)

@@ -49,7 +49,6 @@ class Adapter:
         config = FuraConfig(**self.family)
         made = {}
         for module, tensors in self.modules.items():
-            check_values(module, tensors)
             if "core" not in tensors or tensors["core"].ndim != 3:
                 raise FuraError(f"The adapter lacks the core of {module}.")
             try:
@@ -110,6 +109,8 @@ def unpack(data: bytes) -> tuple[str, Adapter]:
     for name, value in tensors.items():
         module, _, key = name.rpartition(":")
         modules.setdefault(module, {})[key] = value
+    for module, values in modules.items():
+        check_values(module, values)
     return kind, Adapter(family, modules)
 
 

@@ -41,6 +41,7 @@ class PristineWeights:
         self.keep = check_keep(keep)
         self.device = device or torch.device("cpu")
         self._kept: dict[str, torch.Tensor] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
         folder = Path(model)
         if not folder.is_dir():
             patterns = ["*.safetensors", "*.safetensors.index.json"]
@@ -52,8 +53,10 @@ class PristineWeights:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, without reading it."""
-        with safe_open(self._files[name], framework="pt") as file:
-            return tuple(file.get_slice(name).get_shape())
+        if name not in self._shapes:
+            with safe_open(self._files[name], framework="pt") as file:  # opening costs more than reading the header
+                self._shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+        return self._shapes[name]
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """The tensor on the engine's device, in the checkpoint's dtype. Not to be written to."""
