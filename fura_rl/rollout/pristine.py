@@ -55,7 +55,8 @@ class PristineWeights:
         """The shape of a tensor, without reading it."""
         if name not in self._shapes:
             with safe_open(self._files[name], framework="pt") as file:  # opening costs more than reading the header
-                self._shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+                names = file.keys()
+                self._shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in names}
         return self._shapes[name]
 
     def __getitem__(self, name: str) -> torch.Tensor:
