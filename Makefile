@@ -1,5 +1,6 @@
 # make demo   a tiny model learns arithmetic with GRPO and FuRA, on a CPU, in minutes
 # make test   the whole test suite, the real vLLM engine included
+# make soak   the tests that take minutes each: load, kills, repetition
 # make lint   ruff and mypy
 PYTHON ?= python3
 BIN := .venv/bin
@@ -7,7 +8,7 @@ JOBS ?= 2
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint environment
+.PHONY: demo test soak lint environment
 
 environment:
 	@$(PYTHON) .ci/environment.py
@@ -21,6 +22,9 @@ demo: environment
 # so that they share an engine.
 test: environment
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+soak: environment
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak
 
 lint: environment
 	@$(BIN)/ruff check .
