@@ -15,6 +15,30 @@ from fura_rl.rollout.server_adapters import WATCH_SECONDS
 from fura_rl.rollout.watch import newest_checkpoint
 
 KEY_VARIABLE = "VLLM_API_KEY"
+VERSION_HEADER = "x-fura-version"  # of each response: the weights that all of it was computed with
+REQUIRE_HEADER = "x-fura-require-version"  # of a request: refuse it on other weights
+
+
+class Tries:
+    """Bounded retries with growing pauses: 0.5, 1, 2, 4, 8, 8, ... seconds."""
+
+    def __init__(self, url: str, patience: float) -> None:
+        self.url, self.patience = url, patience
+        self.count = 1
+        self._pause = 0.5
+
+    def again(self, reason: object) -> None:
+        """Pauses before the next try.
+
+        Raises:
+            FuraError: the pauses together would exceed the patience.
+        """
+        if self.patience < self._pause:
+            raise FuraError(f"The server at {self.url} cannot be reached ({reason}; tried {self.count} times).")
+        time.sleep(self._pause)
+        self.patience -= self._pause
+        self.count += 1
+        self._pause = min(2 * self._pause, 8.0)
 
 
 class FuraClient:
@@ -24,18 +48,18 @@ class FuraClient:
         url: The server's address, with or without `/v1`.
         api_key: The server's key; `VLLM_API_KEY` of the environment if None.
         timeout: Seconds that one call may take; a swap waits for the server's requests in flight.
-        retries: Further tries after a lost connection, with pauses of 0.5, 1, 2, ... seconds (at most 8).
+        patience: Seconds for which a lost connection is tried again, with pauses of 0.5, 1, 2, ... (at most 8).
 
     Every method raises FuraError with the server's own sentence if it refuses, or one that says it cannot be reached.
     """
 
-    def __init__(self, url: str, api_key: str | None = None, *, timeout: float = 900.0, retries: int = 3) -> None:
+    def __init__(self, url: str, api_key: str | None = None, *, timeout: float = 900.0, patience: float = 4.0) -> None:
         url = url if "://" in url else f"http://{url}"
         self.url = url.rstrip("/").removesuffix("/v1")
-        self.retries = retries
+        self.patience = patience
         key = api_key or os.environ.get(KEY_VARIABLE)
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout)
+        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._http = httpx.Client(base_url=self.url, headers=self.headers, timeout=timeout)
 
     def swap(self, adapter: str | Path, name: str | None = None) -> dict[str, Any]:
         """Merges an adapter, given by the server's name for it or its path on the server's machine.
@@ -66,17 +90,13 @@ class FuraClient:
         self._http.close()
 
     def _call(self, method: str, action: str, **kwargs: Any) -> dict[str, Any]:
-        for attempt in range(self.retries + 1):
+        tries = Tries(self.url, self.patience)
+        while True:
             try:
                 response = self._http.request(method, f"/fura/{action}", **kwargs)
                 break
             except httpx.TransportError as error:
-                if attempt == self.retries:
-                    reason = str(error) or type(error).__name__
-                    raise FuraError(
-                        f"The server at {self.url} cannot be reached ({reason}, {attempt + 1} tries)."
-                    ) from error
-                time.sleep(min(0.5 * 2**attempt, 8.0))
+                tries.again(error)
         if response.status_code == 404:
             raise FuraError(f"The server at {self.url} does not manage adapters: start it with `fura-rl serve`.")
         try:

@@ -20,6 +20,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from fura_rl.errors import FuraError
 from fura_rl.rollout.merged import merged_weights
+from fura_rl.rollout.transport import AdapterVLLMClient, adapter_of, check_model
 
 
 def trainer_dtype(model: torch.nn.Module) -> torch.dtype:
@@ -32,20 +33,30 @@ class FuraVLLMGeneration(VLLMGeneration):
 
     Args:
         engine_kwargs: Arguments of `vllm.LLM` that override TRL's (colocate mode).
+        transport: How weights reach a server: "merged" (TRL's NCCL path) or "adapter" (`fura_rl.rollout.transport`).
         *args, **kwargs: As for `trl.generation.vllm_generation.VLLMGeneration`.
 
     Attributes:
         version: How many times weights were pushed.
     """
 
-    def __init__(self, *args: Any, engine_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, engine_kwargs: dict[str, Any] | None = None, transport: str = "merged", **kwargs: Any
+    ) -> None:
         self.engine_kwargs = engine_kwargs or {}
+        self.transport = transport
         self.version = 0
         self._packed = False  # whether linear weights are repacked at load, as vLLM's CPU build does
         self._llm_weights_sleeping: bool = False
         super().__init__(*args, **kwargs)
 
     def _init_vllm(self) -> None:
+        if self.transport not in ("merged", "adapter"):
+            raise FuraError(f"vllm_transport is merged or adapter, not {self.transport!r}.")
+        if self.transport == "adapter" and self.mode != "server":
+            raise FuraError("vllm_transport: adapter needs vllm_mode: server.")
+        if self._sends_adapter:
+            return self._connect()
         if self.mode != "colocate":
             return super()._init_vllm()
         on_cpu = self.accelerator.device.type == "cpu"
@@ -60,6 +71,17 @@ class FuraVLLMGeneration(VLLMGeneration):
         with patch.object(vllm_generation, "LLM", llm):  # TRL fixes its arguments in the middle of this method
             super()._init_vllm()
         self._packed = on_cpu
+
+    @property
+    def _sends_adapter(self) -> bool:
+        return self.mode == "server" and self.transport == "adapter"
+
+    def _connect(self) -> None:
+        check_model(self.model)
+        if self.accelerator.is_main_process:
+            url = self.server_base_url or f"http://{self.server_host}:{self.server_port}"
+            self.vllm_client = AdapterVLLMClient(url, connection_timeout=self.server_timeout)
+        self.accelerator.wait_for_everyone()
 
     def _iter_named_params(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What TRL streams to a server, and what `sync_weights` loads: the merged policy."""
@@ -78,7 +100,11 @@ class FuraVLLMGeneration(VLLMGeneration):
 
     def sync_weights(self) -> None:
         """Push the merged policy into the engine and drop its prefix cache."""
-        if self.mode == "colocate" and self._packed:
+        if self._sends_adapter:
+            adapter = adapter_of(self.model, self._dist.gather_params)  # every rank takes part
+            if self.accelerator.is_main_process:
+                self.vllm_client.push(adapter)
+        elif self.mode == "colocate" and self._packed:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._iter_named_params()})
             self.llm.apply_model(_repack_tied_head)
             self.llm.reset_prefix_cache()

@@ -25,11 +25,10 @@ from starlette.responses import JSONResponse
 
 from fura_rl.errors import FuraError
 from fura_rl.rollout import vllm_names
+from fura_rl.rollout.client import REQUIRE_HEADER, VERSION_HEADER
 from fura_rl.rollout.gate import Gate
 from fura_rl.rollout.server_adapters import ServerAdapters, ServeSettings
 
-VERSION_HEADER = "x-fura-version"
-REQUIRE_HEADER = "x-fura-require-version"
 PREFIX = "/fura/"
 PASSED_ON = ("GET", "HEAD", "OPTIONS")  # none of these generates
 

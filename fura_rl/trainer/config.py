@@ -68,6 +68,13 @@ class FuraGRPOConfig(GRPOConfig):
         default=None,
         metadata={"help": "Further arguments of vllm.LLM as a dict or JSON, such as {enforce_eager: true}."},
     )
+    vllm_transport: str = field(
+        default="merged",
+        metadata={
+            "help": "How weights reach a vLLM server: merged (TRL's NCCL path, all weights), or adapter (only what is "
+            "trained, over HTTP, to a server started by `fura-rl serve BASE --for-training`)."
+        },
+    )
     max_logp_gap: float | None = field(
         default=0.5,
         metadata={

@@ -94,7 +94,7 @@ class FuraGRPOTrainer(ResumableGRPOTrainer):
                 args.rewards, verifier=self.verifier, max_completion_length=args.max_completion_length
             )
         assert not isinstance(args.vllm_engine_kwargs, str)  # the configuration has parsed it
-        engine = partial(FuraVLLMGeneration, engine_kwargs=args.vllm_engine_kwargs)
+        engine = partial(FuraVLLMGeneration, engine_kwargs=args.vllm_engine_kwargs, transport=args.vllm_transport)
         with patch.object(grpo_trainer, "VLLMGeneration", engine):  # TRL names the class inside its constructor
             super().__init__(
                 model, reward_funcs, args=args, train_dataset=train_dataset, peft_config=peft_config, **kwargs

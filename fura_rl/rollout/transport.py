@@ -1,0 +1,164 @@
+"""Transport `adapter`: a trainer sends only what it trains to a server, which merges it into the base that it has.
+
+The first push carries the whole adapter, so that the server knows basis and singular values; later ones carry the
+trained tensors alone. Every push comes back with the server's version and a checksum of what was merged, and every
+rollout must be stamped with that version:
+- a server that was restarted has the base's weights and another instance name: it gets the whole adapter again;
+- a server whose weights somebody else has changed is refused, as is one whose base the adapter does not fit.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import requests
+import torch
+from peft import PeftModel
+from trl.generation.vllm_client import VLLMClient
+
+from fura_rl.adapter import FuraLayer
+from fura_rl.adapter.base_weight import whole
+from fura_rl.errors import FuraError
+from fura_rl.rollout.client import REQUIRE_HEADER, VERSION_HEADER, FuraClient, Tries
+from fura_rl.rollout.merged import GatherFunction, checkpoint_name
+from fura_rl.rollout.payload import FAMILY, TRAINED, Adapter, pack
+
+logger = logging.getLogger(__name__)
+
+BUSY = (502, 503, 504)
+
+
+def check_model(model: torch.nn.Module) -> None:
+    """Raises FuraError if the model trains what this transport does not send."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and ".fura_blocks." not in name:
+            raise FuraError(
+                f"vllm_transport: adapter sends FuRA blocks only, but {checkpoint_name(name)} is trained too: use "
+                "vllm_transport: merged, or leave out modules_to_save."
+            )
+
+
+@torch.no_grad()
+def adapter_of(model: PeftModel, gather: GatherFunction) -> Adapter:
+    """The model's active adapter as data on the CPU. Every rank must take part where parameters are sharded.
+
+    Raises:
+        FuraError: the model has none, or several at once.
+    """
+    modules = {}
+    family: dict[str, Any] = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, FuraLayer):
+            continue
+        active = layer.named_blocks(None)
+        if len(active) != 1:
+            raise FuraError(
+                f"vllm_transport: adapter needs one active adapter, {checkpoint_name(name)} has {len(active)}."
+            )
+        (blocks,) = active
+        family = dict(zip(FAMILY, (blocks.side, blocks.singular_values, blocks.basis_kind), strict=True))
+        with gather(list(blocks.parameters())):
+            tensors = {key: whole(value).detach().cpu().clone() for key, value in blocks.state_dict().items()}
+        modules[checkpoint_name(name)] = tensors
+    if not modules:
+        raise FuraError("vllm_transport: adapter needs a model with FuRA adapters: use vllm_transport: merged.")
+    return Adapter(family, modules)
+
+
+class AdapterVLLMClient(VLLMClient):
+    """TRL's client of a vLLM server, for one that `fura-rl serve --for-training` started.
+
+    Args:
+        base_url: The server's address.
+        connection_timeout: Seconds to wait for the server at the start, and for which a lost connection is tried again.
+
+    Attributes:
+        stamp: Version of the server's weights after the last push.
+        sent_bytes: Size of the last push.
+
+    Raises:
+        FuraError: the server cannot be reached, or manages no adapters.
+    """
+
+    def __init__(self, base_url: str, connection_timeout: float = 240.0) -> None:
+        self.stamp = ""
+        self.sent_bytes = 0
+        self.patience = connection_timeout
+        self._sent: Adapter | None = None
+        self.manager = FuraClient(base_url, patience=connection_timeout)
+        self.manager.version()
+        super().__init__(base_url=self.manager.url, connection_timeout=connection_timeout)
+
+    def push(self, adapter: Adapter) -> None:
+        """Merges `adapter` into the server's weights.
+
+        Raises:
+            FuraError: it was made for another base, the server merged something else, or cannot be reached.
+        """
+        alive = self.manager.version()["version"]
+        known = self._sent is not None and _instance(alive) == _instance(self.stamp)
+        data = pack(adapter, only_trained=known and _same_frozen(adapter, self._sent))
+        status = self.manager.push(data, name="training")
+        if status["checksum"] != adapter.checksum:
+            raise FuraError(f"The server at {self.base_url} merged other tensors than those that were sent.")
+        self._sent, self.stamp, self.sent_bytes = adapter, status["version"], len(data)
+
+    def refresh(self) -> None:
+        """Sends the last adapter again to a server that was restarted.
+
+        Raises:
+            FuraError: the server is the same, but somebody else has changed its weights.
+        """
+        now = self.manager.version()
+        if now["version"] == self.stamp:
+            return
+        if _instance(now["version"]) == _instance(self.stamp):
+            raise FuraError(
+                f"Somebody else changed the weights of the server at {self.base_url}, now {now['name'] or 'the base'}: "
+                "a training run needs a server of its own."
+            )
+        assert self._sent is not None
+        logger.warning("The server at %s was restarted: sending the adapter again.", self.base_url)
+        self.push(self._sent)
+
+    def _get(self, url: str, **kwargs: Any) -> dict:
+        return super()._get(url, headers=self.manager.headers, **kwargs)
+
+    def _post(self, url: str, **kwargs: Any) -> dict:
+        """Generates, on the version that was pushed last and no other."""
+        tries = Tries(self.base_url, self.patience)
+        while True:
+            self.refresh()
+            headers = {**self.manager.headers, REQUIRE_HEADER: self.stamp}
+            try:
+                # not through TRL's session, whose own retries would outlast and hide ours
+                response = requests.post(url, headers=headers, timeout=None, **kwargs)
+            except requests.ConnectionError as error:
+                tries.again(error)
+                continue
+            if response.status_code in BUSY:
+                tries.again(f"it answered {response.status_code}")
+            elif response.status_code == 409:  # other weights since `refresh`, which will say why
+                tries.again(response.text)
+            elif response.status_code != 200:
+                raise FuraError(f"The server at {self.base_url} refused to generate: {response.text[:500]}")
+            elif response.headers.get(VERSION_HEADER) != self.stamp:
+                version = response.headers.get(VERSION_HEADER)
+                raise FuraError(f"Rollouts of version {version} came back where {self.stamp} was asked for: not used.")
+            else:
+                return response.json()
+
+
+def _instance(stamp: str) -> str:
+    return stamp.rpartition("-")[0]
+
+
+def _same_frozen(adapter: Adapter, sent: Adapter | None) -> bool:
+    """Whether two adapters differ in trained tensors only: `refresh_basis` changes the others."""
+    assert sent is not None
+    return adapter.modules.keys() == sent.modules.keys() and all(
+        tensors.keys() == sent.modules[name].keys()
+        and all(torch.equal(value, sent.modules[name][key]) for key, value in tensors.items() if key not in TRAINED)
+        for name, tensors in adapter.modules.items()
+    )
