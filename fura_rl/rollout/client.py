@@ -65,7 +65,7 @@ class FuraClient:
         """Merges an adapter, given by the server's name for it or its path on the server's machine.
 
         Returns:
-            The new status: version, name, path, checksum, base.
+            The new status, as `version`.
         """
         return self._call("POST", "swap", json={"adapter": str(adapter), "name": name})
 
@@ -74,7 +74,7 @@ class FuraClient:
         return self._call("POST", "off", json={})
 
     def version(self) -> dict[str, Any]:
-        """The status: version, name, path, checksum, base."""
+        """The status: version, name, path, checksum, base, logprobs_mode."""
         return self._call("GET", "version")
 
     def list(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fura_rl.errors import FuraError
+from fura_rl.rollout import vllm_names
 from fura_rl.rollout.allowed import AllowedAdapters
 from fura_rl.rollout.gate import Gate
 from fura_rl.rollout.watch import newest_checkpoint
@@ -93,6 +94,7 @@ class ServerAdapters:
             "path": self.path,
             "checksum": self.checksum,
             "base": self.base,
+            "logprobs_mode": vllm_names.logprobs_mode(self.engine),
         }
 
     async def start(self) -> None:

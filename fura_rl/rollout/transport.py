@@ -122,6 +122,10 @@ class AdapterVLLMClient(VLLMClient):
         logger.warning("The server at %s was restarted: sending the adapter again.", self.base_url)
         self.push(self._sent)
 
+    def get_server_info(self) -> dict:
+        """What TRL's trainer reads of it, without the development endpoints, which anybody could call."""
+        return {"model_config": {"logprobs_mode": self.manager.version()["logprobs_mode"]}}
+
     def _get(self, url: str, **kwargs: Any) -> dict:
         return super()._get(url, headers=self.manager.headers, **kwargs)
 

@@ -167,6 +167,11 @@ def engine_of_app(app: Any) -> Any:
     return attribute(app, "state.engine_client")
 
 
+def logprobs_mode(engine: Any) -> str:
+    """Which log-probs an `AsyncLLM` returns, such as "processed_logprobs"."""
+    return attribute(engine, "vllm_config.model_config.logprobs_mode")
+
+
 def api_keys_of_app(app: Any) -> list[str]:
     """The keys that a vLLM server asks for; empty if it asks for none."""
     keys = attribute(app, "state.args.api_key") or [os.environ.get("VLLM_API_KEY", "")]

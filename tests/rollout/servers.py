@@ -1,0 +1,66 @@
+"""Real servers for tests: started by `fura-rl serve`, ended with the test."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+
+START_SECONDS = 240  # a bound, not a measurement: the machine may be busy
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+class Server:
+    """A process of `fura-rl serve` with a log file."""
+
+    def __init__(self, model: Path, log: Path, *options: str, port: int | None = None, **environment: str) -> None:
+        self.port = port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.model = str(model)
+        self.log = log
+        command = [sys.executable, "-m", "fura_rl.cli", "serve", self.model, "--port", str(self.port)]
+        command += ["--dtype", "float32", "--max-model-len", "256", *options]
+        # not what other tests and trainers have put into this process's environment
+        kept = {
+            k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "RANK", "LOCAL_", "WORLD_", "MASTER_"))
+        }
+        own = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
+        with log.open("ab") as file:
+            self.process = subprocess.Popen(command, env={**kept, **own}, stdout=file, stderr=file)
+
+    def wait(self) -> "Server":
+        """Until it answers."""
+        end = time.monotonic() + START_SECONDS
+        while time.monotonic() < end:
+            assert self.process.poll() is None, f"the server ended: {self.log.read_text()[-3000:]}"
+            try:
+                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
+                    return self
+            except httpx.TransportError:
+                time.sleep(0.5)
+        raise AssertionError(f"no answer: {self.log.read_text()[-3000:]}")
+
+    def complete(self, prompt: list[int], headers: dict | None = None, **options) -> httpx.Response:
+        """Greedy, always 24 tokens, with the log-prob of each."""
+        body = {"model": self.model, "prompt": prompt, "max_tokens": 24, "temperature": 0, "logprobs": 0}
+        body |= {"ignore_eos": True, **options}
+        return httpx.post(f"{self.url}/v1/completions", json=body, headers=headers, timeout=300)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.kill()

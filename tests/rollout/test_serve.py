@@ -1,0 +1,250 @@
+"""A real `fura-rl serve` on the CPU: swaps, refusals, versions under load, and a trainer that sends its adapter."""
+
+import json
+import shutil
+import sys
+import threading
+import time
+
+import httpx
+import pytest
+import torch
+from datasets import Dataset
+from servers import Server
+from swapping import max_gap, reference_logprobs
+from test_swap import other_base, other_shape, truncated
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fura_rl import cli
+from fura_rl.errors import FuraError
+from fura_rl.rollout.client import REQUIRE_HEADER, VERSION_HEADER, FuraClient
+from fura_rl.trainer import FuraGRPOConfig, FuraGRPOTrainer
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, tiny_model, adapter_dir):
+    folder = tmp_path_factory.mktemp("server")
+    (folder / "run").mkdir()
+    server = Server(
+        tiny_model, folder / "log", "--adapter", f"first={adapter_dir / 'a'}", "--adapter-dir", str(adapter_dir),
+        "--adapter-dir", str(folder), "--watch", str(folder / "run"), "--for-training",
+    )  # fmt: skip
+    server.folder = folder
+    yield server.wait()
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    client = FuraClient(server.url)
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="module")
+def answers(server, client, sequences):
+    """What each adapter (None: the base) answers greedily: token log-probs, one adapter at a time."""
+    found = {}
+    for name in ("first", "b", None):
+        client.off() if name is None else client.swap(name)
+        found[name] = [logprobs_of(server.complete(ids)) for ids in sequences]
+    return found
+
+
+def logprobs_of(response):
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]["logprobs"]["token_logprobs"]
+
+
+def scored(server, sequences):
+    """Log-probs of the tokens of given sequences, as `prompt_logprobs` says."""
+    found = []
+    for ids in sequences:
+        entries = server.complete(ids, max_tokens=1, prompt_logprobs=0).json()["choices"][0]["prompt_logprobs"]
+        found.append([entry[str(token)]["logprob"] for token, entry in zip(ids[1:], entries[1:], strict=True)])
+    return found
+
+
+def test_the_first_adapter_is_merged_before_the_first_request(server, client, adapter_dir, sequences, tiny_model):
+    status = client.version()
+    assert status["name"] == "first" and status["version"].endswith("-1")
+    assert status["path"] == str(adapter_dir / "a") and len(status["checksum"]) == 64
+    assert max_gap(scored(server, sequences), reference_logprobs(tiny_model, adapter_dir / "a", sequences)) < 1e-4
+
+
+def test_swap_off_list_and_versions(server, client, adapter_dir, sequences, tiny_model):
+    count = int(client.version()["version"].split("-")[1])
+    for name, path in {"b": adapter_dir / "b", None: None, "first": adapter_dir / "a"}.items():
+        status = client.off() if name is None else client.swap(name)
+        count += 1
+        assert status["version"] == f"{status['version'].split('-')[0]}-{count}" and status["name"] == name
+        assert max_gap(scored(server, sequences), reference_logprobs(tiny_model, path, sequences)) < 1e-4
+        response = server.complete(sequences[0])
+        assert response.headers[VERSION_HEADER] == status["version"] == client.version()["version"]
+    known = client.list()
+    assert known["active"] == "first" and set(known["adapters"]) >= {"first", "a", "b"}
+    assert client.swap(adapter_dir / "b", name="mine")["name"] == "mine"
+
+
+def test_a_request_can_ask_for_a_version(server, client, sequences):
+    now = client.version()["version"]
+    assert server.complete(sequences[0], headers={REQUIRE_HEADER: now}).status_code == 200
+    refused = server.complete(sequences[0], headers={REQUIRE_HEADER: "gone-1"})
+    assert refused.status_code == 409 and refused.json()["error"] == f"The weights are {now}, not gone-1."
+
+
+def test_refusals_keep_the_old_weights(server, client, adapter_dir, sequences):
+    client.swap("first")
+    before = client.version(), scored(server, sequences)
+    for spoil, reason in [(truncated, "truncated"), (other_base, "another base"), (other_shape, "this model has 512")]:
+        spoil(shutil.copytree(adapter_dir / "b", server.folder / spoil.__name__))
+        with pytest.raises(FuraError, match=reason):
+            client.swap(spoil.__name__)
+    for adapter in ("nothing", "../adapters/a", "/etc"):
+        with pytest.raises(FuraError):
+            client.swap(adapter)
+    for body, content_type in [
+        ("{}", "application/json"),
+        ("[1]", "application/json"),
+        ('{"adapter": "b"}', "text/plain"),
+    ]:
+        response = httpx.post(f"{server.url}/fura/swap", content=body, headers={"content-type": content_type})
+        assert response.status_code == 400, body
+    assert httpx.get(f"{server.url}/fura/nothing").status_code == 404
+    assert (client.version(), scored(server, sequences)) == before
+
+
+def test_the_command_line(server, client, adapter_dir, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fura-rl", "swap", server.url, str(adapter_dir / "b"), "--name", "chosen"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 0
+    assert capsys.readouterr().out.split("\t")[:2] == [client.version()["version"], "chosen"]
+
+
+def load(server, answers, sequences, swaps, change, clients=8):
+    """`clients` threads generate while `change(i)` is called `swaps` times. Each response must equal, throughout, what
+    the adapter of its version answers. Returns how many responses there were of each adapter."""
+    done, problems, seen = threading.Event(), [], []
+    versions = {}  # version -> adapter's name
+
+    def ask(number):
+        turn = number
+        while not done.is_set():
+            turn += 1
+            which = turn % len(sequences)
+            response = server.complete(sequences[which])
+            if response.status_code != 200:
+                problems.append(response.text)
+                return
+            seen.append((response.headers[VERSION_HEADER], which, logprobs_of(response)))
+
+    status = httpx.get(f"{server.url}/fura/version").json()
+    versions[status["version"]] = status["name"]
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(clients)]
+    for thread in threads:
+        thread.start()
+    for i in range(swaps):
+        goal = len(seen) + clients // 2
+        while len(seen) < goal and not problems:  # requests are in flight at each swap
+            time.sleep(0.005)
+        status = change(i)
+        versions[status["version"]] = status["name"]
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert not problems
+    counts = dict.fromkeys(versions.values(), 0)
+    for version, which, logprobs in seen:
+        gap = max_gap([logprobs], [answers[versions[version]][which]])
+        assert gap < 1e-3, f"a response of {version} ({versions[version]}) is not that adapter's: {gap}"
+        counts[versions[version]] += 1
+    return counts
+
+
+def alternate(client):
+    names = ["first", "b", None]
+    return lambda i: client.off() if names[i % 3] is None else client.swap(names[i % 3])
+
+
+def test_every_response_under_load_has_one_version(server, client, answers, sequences):
+    counts = load(server, answers, sequences, swaps=10, change=alternate(client))
+    assert min(counts.values()) > 0 and len(counts) == 3
+    assert all(
+        max_gap([answers[a][0]], [answers[b][0]]) > 0.1 for a, b in [("first", "b"), ("b", None), ("first", None)]
+    )
+
+
+def test_each_new_checkpoint_of_a_run_is_swapped_in(server, client, adapter_dir):
+    client.off()
+    for step, adapter in {5: "a", 10: "b"}.items():
+        folder = server.folder / "run" / f"checkpoint-{step}"
+        shutil.copytree(adapter_dir / adapter, folder)
+        (folder / "trainer_state.json").write_text("{}")
+        end = time.monotonic() + 120
+        while client.version()["name"] != folder.name and time.monotonic() < end:
+            time.sleep(0.1)
+        assert client.version()["path"] == str(folder)
+
+
+@pytest.fixture(scope="module")
+def trainer(server, tmp_path_factory, tiny_model, tiny_problems):
+    problems = [json.loads(line) for line in (tiny_problems / "train.jsonl").read_text().splitlines()]
+    rows = [{"prompt": [{"role": "user", "content": p["problem"]}], "answer": p["answer"]} for p in problems]
+    args = FuraGRPOConfig(
+        output_dir=str(tmp_path_factory.mktemp("run")), per_device_train_batch_size=16, num_generations=8,
+        max_completion_length=48, max_steps=3, learning_rate=1e-2, max_logp_gap=1e-3, vllm_mode="server",
+        vllm_transport="adapter", vllm_server_base_url=server.url, vllm_server_timeout=30, save_strategy="no",
+        disable_tqdm=True, seed=3,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    trainer = FuraGRPOTrainer(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    yield trainer
+    trainer.close()
+
+
+def test_a_trainer_sends_only_what_it_trains(trainer, client):
+    """Three steps at a high learning rate; `max_logp_gap` would stop the run at a gap above 1e-3."""
+    before = int(client.version()["version"].split("-")[1])
+    trainer.train()
+    logs = [row for row in trainer.state.log_history if "sync/logp_gap_max" in row]
+    assert len(logs) == 3 and all(row["sync/logp_gap_max"] < 1e-3 for row in logs)
+    status, engine = client.version(), trainer.vllm_generation.vllm_client
+    assert status["name"] == "training" and status["version"] == engine.stamp
+    assert int(status["version"].split("-")[1]) == before + trainer.vllm_generation.version == before + 3
+    trained = sum(p.numel() * 4 for p in trainer.model.parameters() if p.requires_grad)
+    assert trained < engine.sent_bytes < 1.1 * trained
+
+
+def test_other_weights_than_the_trainers_are_refused(trainer, client):
+    """Somebody swaps during training: the run stops before a rollout of those weights is used."""
+    trainer.vllm_generation.sync_weights()
+    client.swap("b")
+    with pytest.raises(FuraError, match=r"Somebody else changed the weights .* now b"):
+        trainer.vllm_generation.generate([[5, 6, 7]] * 8, None, num_generations=8)
+    trainer.vllm_generation.sync_weights()  # takes the server back
+    assert len(trainer.vllm_generation.generate([[5, 6, 7]] * 8, None, num_generations=8)[1]) == 8
+
+
+def test_a_trainer_of_another_base_is_refused(trainer, client, tmp_path, tiny_model):
+    """The server has the tiny model; the adapter was made for weights that differ."""
+    from fura_rl.rollout.transport import AdapterVLLMClient, adapter_of
+
+    adapter = adapter_of(trainer.model, trainer.vllm_generation._dist.gather_params)
+    for tensors in adapter.modules.values():
+        tensors["base_sample"] = torch.randn_like(tensors["base_sample"])
+    stranger = AdapterVLLMClient(client.url, connection_timeout=30)
+    before = client.version()
+    with pytest.raises(FuraError, match="another base model"):
+        stranger.push(adapter)
+    assert client.version() == before
+
+
+def test_a_plain_vllm_server_or_none_is_one_sentence(trainer):
+    from fura_rl.rollout.transport import AdapterVLLMClient
+
+    with pytest.raises(FuraError, match=r"cannot be reached .*tried 2 times"):
+        AdapterVLLMClient("http://127.0.0.1:1", connection_timeout=0.5)
