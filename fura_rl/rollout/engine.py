@@ -34,6 +34,7 @@ class FuraVLLMGeneration(VLLMGeneration):
     Args:
         engine_kwargs: Arguments of `vllm.LLM` that override TRL's (colocate mode).
         transport: How weights reach a server: "merged" (TRL's NCCL path) or "adapter" (`fura_rl.rollout.transport`).
+        rounding: How merged weights become bfloat16: "nearest" or "stochastic" (`fura_rl.rollout.merged.cast`).
         *args, **kwargs: As for `trl.generation.vllm_generation.VLLMGeneration`.
 
     Attributes:
@@ -41,10 +42,18 @@ class FuraVLLMGeneration(VLLMGeneration):
     """
 
     def __init__(
-        self, *args: Any, engine_kwargs: dict[str, Any] | None = None, transport: str = "merged", **kwargs: Any
+        self,
+        *args: Any,
+        engine_kwargs: dict[str, Any] | None = None,
+        transport: str = "merged",
+        rounding: str = "nearest",
+        **kwargs: Any,
     ) -> None:
         self.engine_kwargs = engine_kwargs or {}
         self.transport = transport
+        if rounding not in ("nearest", "stochastic"):
+            raise FuraError(f"sync_rounding is nearest or stochastic, not {rounding!r}.")
+        self.rounding = rounding
         self.version = 0
         self._packed = False  # whether linear weights are repacked at load, as vLLM's CPU build does
         self._llm_weights_sleeping: bool = False
@@ -85,9 +94,14 @@ class FuraVLLMGeneration(VLLMGeneration):
 
     def _iter_named_params(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What TRL streams to a server, and what `sync_weights` loads: the merged policy."""
-        if self._dist.is_fsdp:
-            raise FuraError("FuRA cannot sync from FSDP shards yet: train with DDP or DeepSpeed ZeRO.")
-        yield from merged_weights(self.model, only_adapted=self._engine_has_base, gather=self._dist.gather_params)
+        if self._dist.fsdp_version == 1:
+            raise FuraError("FuRA cannot sync from FSDP1's flat shards: set fsdp_version: 2, or use DDP or ZeRO.")
+        rounding = None
+        if self.rounding == "stochastic":  # by version, so that the engines of all ranks get the same weights
+            rounding = torch.Generator(self.accelerator.device).manual_seed(self.version)
+        yield from merged_weights(
+            self.model, only_adapted=self._engine_has_base, gather=self._dist.gather_params, rounding=rounding
+        )
 
     @property
     def _engine_has_base(self) -> bool:

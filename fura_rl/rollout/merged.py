@@ -102,10 +102,11 @@ def _merged_layer(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The weight (and bias) of one adapted layer; marks its base parameters as seen."""
     base: Any = layer.get_base_layer()
-    bias = getattr(base, "bias", None)
     parameters = list(layer.parameters())
     seen.update(id(parameter) for parameter in base.parameters())
     with gather(parameters), torch.no_grad():
+        # Before the weight: calling the blocks for their D makes ZeRO-3 partition them again.
+        merged_bias = layer.merged_bias()
         # A quantised weight has an integer dtype: the layer computes in, and the engine gets, the float one.
         own = base.weight.dtype if base.weight.dtype.is_floating_point else torch.get_default_dtype()
         shard = layer.merged_shard()  # cast before it is gathered: half the bytes in bf16
@@ -113,7 +114,5 @@ def _merged_layer(
         del shard
         yield checkpoint_name(f"{prefix}base_layer.weight"), weight
         del weight
-        if bias is not None:
-            merged_bias = layer.merged_bias()
-            assert merged_bias is not None
-            yield checkpoint_name(f"{prefix}base_layer.bias"), merged_bias.to(dtype or bias.dtype)
+        if merged_bias is not None:
+            yield checkpoint_name(f"{prefix}base_layer.bias"), merged_bias.to(dtype or base.bias.dtype)

@@ -7,8 +7,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from transformers.integrations import is_deepspeed_zero3_enabled
+
 from fura_rl.errors import FuraError
 from fura_rl.eval import PRESETS, Sampling, TransformersSampler, VLLMSampler
+from fura_rl.eval.distributed import ShardedSampler
 
 if TYPE_CHECKING:
     from fura_rl.trainer.config import FuraGRPOConfig
@@ -31,9 +34,31 @@ def benchmark_sampling(args: FuraGRPOConfig, benchmark: str) -> Sampling:
 
 @contextmanager
 def make_sampler(trainer: FuraGRPOTrainer) -> Iterator[Any]:
-    """A sampler on the run's live engine, or on the policy itself where there is no engine."""
+    """A sampler on the run's live engines, every rank's; on the policy itself where there is no engine.
+
+    Yields None on ranks other than 0, once they have served all that rank 0 asked for.
+    """
+    with _own_sampler(trainer) as own:
+        if trainer.accelerator.num_processes == 1:
+            yield own
+            return
+        group = trainer.args.vllm_tensor_parallel_size if trainer.use_vllm else 1
+        with ShardedSampler(own, group) as sampler:
+            if trainer.accelerator.is_main_process:
+                yield sampler
+            else:
+                sampler.serve()
+                yield None
+
+
+@contextmanager
+def _own_sampler(trainer: FuraGRPOTrainer) -> Iterator[Any]:
     tokenizer = trainer.processing_class
     if not trainer.use_vllm:
+        if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+            raise FuraError(
+                "Benchmarks on a sharded policy need the vLLM engine: set use_vllm, or leave benchmarks out."
+            )
         model = trainer.accelerator.unwrap_model(trainer.model)
         yield TransformersSampler(model, tokenizer, batch_size=trainer.args.per_device_eval_batch_size)
     elif trainer.vllm_mode == "colocate":

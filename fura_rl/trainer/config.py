@@ -75,6 +75,13 @@ class FuraGRPOConfig(GRPOConfig):
             "trained, over HTTP, to a server started by `fura-rl serve BASE --for-training`)."
         },
     )
+    sync_rounding: str = field(
+        default="nearest",
+        metadata={
+            "help": "How merged weights are rounded to the engine's bfloat16: nearest, or stochastic, which keeps "
+            "updates below half a spacing on average."
+        },
+    )
     max_logp_gap: float | None = field(
         default=0.5,
         metadata={

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from dataclasses import replace
 from functools import partial
@@ -21,6 +22,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
@@ -75,6 +77,12 @@ class FuraGRPOTrainer(ResumableGRPOTrainer):
         **kwargs: Any,
     ) -> None:
         args = args or FuraGRPOConfig(output_dir="runs/grpo")
+        started = int(os.environ.get("WORLD_SIZE", 1))
+        if started > 1 and args.world_size == 1:
+            raise FuraError(
+                f"The launcher started {started} processes, but each would train alone; on CPUs, set "
+                "ACCELERATE_USE_CPU=true."
+            )
         assert not isinstance(args.guards, str)  # the configuration has parsed it
         guards = load_guards(args.guards)
         if args.use_vllm and (problem := vllm_problem()):
@@ -94,7 +102,12 @@ class FuraGRPOTrainer(ResumableGRPOTrainer):
                 args.rewards, verifier=self.verifier, max_completion_length=args.max_completion_length
             )
         assert not isinstance(args.vllm_engine_kwargs, str)  # the configuration has parsed it
-        engine = partial(FuraVLLMGeneration, engine_kwargs=args.vllm_engine_kwargs, transport=args.vllm_transport)
+        engine = partial(
+            FuraVLLMGeneration,
+            engine_kwargs=args.vllm_engine_kwargs,
+            transport=args.vllm_transport,
+            rounding=args.sync_rounding,
+        )
         with patch.object(grpo_trainer, "VLLMGeneration", engine):  # TRL names the class inside its constructor
             super().__init__(
                 model, reward_funcs, args=args, train_dataset=train_dataset, peft_config=peft_config, **kwargs
@@ -253,30 +266,27 @@ class FuraGRPOTrainer(ResumableGRPOTrainer):
         if not self.benchmarks:
             return super().evaluate(*args, **kwargs)
         self.sync_engine()
-        metrics: dict[str, float] = {}
+        was_training = self.model.training
+        self.model.eval()
         with self.clock.phase("evaluate"):
-            if self.accelerator.is_main_process:
-                metrics = self._run_benchmarks()
-            self.accelerator.wait_for_everyone()
+            with make_sampler(self) as sampler:
+                metrics = self._run_benchmarks(sampler) if self.accelerator.is_main_process else {}
+            (metrics,) = broadcast_object_list([metrics])  # every rank decides alike which checkpoint is best
+        self.model.train(was_training)
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # evaluated: not due any more
         return metrics
 
-    def _run_benchmarks(self) -> dict[str, float]:
-        was_training = self.model.training
-        self.model.eval()
-        sampling = {b.name: benchmark_sampling(self.args, b.name) for b in self.benchmarks}
-        with make_sampler(self) as sampler:
-            result = evaluate(
-                sampler,
-                self.processing_class,
-                self.benchmarks,
-                prompt=load_prompt(self.args.prompt),
-                sampling=sampling,
-                verifier=self.verifier,
-                progress=False,
-            )
-        self.model.train(was_training)
+    def _run_benchmarks(self, sampler: Any) -> dict[str, float]:
+        result = evaluate(
+            sampler,
+            self.processing_class,
+            self.benchmarks,
+            prompt=load_prompt(self.args.prompt),
+            sampling={b.name: benchmark_sampling(self.args, b.name) for b in self.benchmarks},
+            verifier=self.verifier,
+            progress=False,
+        )
         scores = {name: score.to_dict() for name, score in result.scores.items()}
         self.evaluations.append({"step": self.state.global_step, "scores": scores})
         save_answers(self.args.output_dir, self.state.global_step, self.benchmarks, result.samples)
