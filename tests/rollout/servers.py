@@ -4,10 +4,14 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import httpx
+from swapping import max_gap
+
+from fura_rl.rollout.client import VERSION_HEADER
 
 START_SECONDS = 240  # a bound, not a measurement: the machine may be busy
 
@@ -64,3 +68,53 @@ class Server:
             self.process.wait(60)
         except subprocess.TimeoutExpired:
             self.kill()
+
+
+def logprobs_of(response):
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]["logprobs"]["token_logprobs"]
+
+
+def load(server, answers, sequences, swaps, change, clients=8):
+    """`clients` threads generate while `change(i)` is called `swaps` times. Each response must equal, throughout, what
+    the adapter of its version answers. Returns how many responses there were of each adapter."""
+    done, problems, seen = threading.Event(), [], []
+    versions = {}  # version -> adapter's name
+
+    def ask(number):
+        turn = number
+        while not done.is_set():
+            turn += 1
+            which = turn % len(sequences)
+            response = server.complete(sequences[which])
+            if response.status_code != 200:
+                problems.append(response.text)
+                return
+            seen.append((response.headers[VERSION_HEADER], which, logprobs_of(response)))
+
+    status = httpx.get(f"{server.url}/fura/version").json()
+    versions[status["version"]] = status["name"]
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(clients)]
+    for thread in threads:
+        thread.start()
+    for i in range(swaps):
+        goal = len(seen) + clients // 2
+        while len(seen) < goal and not problems:  # requests are in flight at each swap
+            time.sleep(0.005)
+        status = change(i)
+        versions[status["version"]] = status["name"]
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert not problems
+    counts = dict.fromkeys(versions.values(), 0)
+    for version, which, logprobs in seen:
+        gap = max_gap([logprobs], [answers[versions[version]][which]])
+        assert gap < 1e-3, f"a response of {version} ({versions[version]}) is not that adapter's: {gap}"
+        counts[versions[version]] += 1
+    return counts
+
+
+def alternate(client):
+    names = ["first", "b", None]
+    return lambda i: client.off() if names[i % 3] is None else client.swap(names[i % 3])

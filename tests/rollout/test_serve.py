@@ -3,14 +3,13 @@
 import json
 import shutil
 import sys
-import threading
 import time
 
 import httpx
 import pytest
 import torch
 from datasets import Dataset
-from servers import Server
+from servers import Server, alternate, load, logprobs_of
 from swapping import max_gap, reference_logprobs
 from test_swap import other_base, other_shape, truncated
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -51,11 +50,6 @@ def answers(server, client, sequences):
         client.off() if name is None else client.swap(name)
         found[name] = [logprobs_of(server.complete(ids)) for ids in sequences]
     return found
-
-
-def logprobs_of(response):
-    assert response.status_code == 200, response.text
-    return response.json()["choices"][0]["logprobs"]["token_logprobs"]
 
 
 def scored(server, sequences):
@@ -122,51 +116,6 @@ def test_the_command_line(server, client, adapter_dir, monkeypatch, capsys):
         cli.main()
     assert end.value.code == 0
     assert capsys.readouterr().out.split("\t")[:2] == [client.version()["version"], "chosen"]
-
-
-def load(server, answers, sequences, swaps, change, clients=8):
-    """`clients` threads generate while `change(i)` is called `swaps` times. Each response must equal, throughout, what
-    the adapter of its version answers. Returns how many responses there were of each adapter."""
-    done, problems, seen = threading.Event(), [], []
-    versions = {}  # version -> adapter's name
-
-    def ask(number):
-        turn = number
-        while not done.is_set():
-            turn += 1
-            which = turn % len(sequences)
-            response = server.complete(sequences[which])
-            if response.status_code != 200:
-                problems.append(response.text)
-                return
-            seen.append((response.headers[VERSION_HEADER], which, logprobs_of(response)))
-
-    status = httpx.get(f"{server.url}/fura/version").json()
-    versions[status["version"]] = status["name"]
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(clients)]
-    for thread in threads:
-        thread.start()
-    for i in range(swaps):
-        goal = len(seen) + clients // 2
-        while len(seen) < goal and not problems:  # requests are in flight at each swap
-            time.sleep(0.005)
-        status = change(i)
-        versions[status["version"]] = status["name"]
-    done.set()
-    for thread in threads:
-        thread.join()
-    assert not problems
-    counts = dict.fromkeys(versions.values(), 0)
-    for version, which, logprobs in seen:
-        gap = max_gap([logprobs], [answers[versions[version]][which]])
-        assert gap < 1e-3, f"a response of {version} ({versions[version]}) is not that adapter's: {gap}"
-        counts[versions[version]] += 1
-    return counts
-
-
-def alternate(client):
-    names = ["first", "b", None]
-    return lambda i: client.off() if names[i % 3] is None else client.swap(names[i % 3])
 
 
 def test_every_response_under_load_has_one_version(server, client, answers, sequences):

@@ -4,15 +4,20 @@ import asyncio
 import json
 import sys
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
 
 from fura_rl import cli
 from fura_rl.errors import FuraError
 from fura_rl.rollout.allowed import AllowedAdapters
 from fura_rl.rollout.client import FuraClient
 from fura_rl.rollout.gate import Gate
+from fura_rl.rollout.middleware import FuraMiddleware
 from fura_rl.rollout.serve import parse_named, server_command
+from fura_rl.rollout.server_adapters import SETTINGS_VARIABLE, ServerAdapters, ServeSettings
 from fura_rl.rollout.watch import newest_checkpoint
 
 
@@ -146,9 +151,37 @@ def test_an_unreachable_server_is_one_error_after_some_tries():
 
 
 def test_settings_survive_the_environment(monkeypatch):
-    from fura_rl.rollout.server_adapters import SETTINGS_VARIABLE, ServeSettings
-
     settings = ServeSettings(named={"a": "/x"}, folders=["/y"], first="a", watch="/z", push=True)
     monkeypatch.setenv(SETTINGS_VARIABLE, settings.to_environment()[SETTINGS_VARIABLE])
     assert ServeSettings.from_environment() == settings
     assert json.loads(settings.to_environment()[SETTINGS_VARIABLE])["keep"] == "cpu"
+
+
+@pytest.mark.parametrize(
+    "keys, host, authorization, status",
+    [
+        (None, "127.0.0.1", None, 200),
+        (None, "::1", None, 200),
+        (None, "203.0.113.5", None, 403),
+        (["secret", "other"], "127.0.0.1", None, 401),
+        (["secret", "other"], "203.0.113.5", "Bearer wrong", 401),
+        (["secret", "other"], "203.0.113.5", "Basic secret", 401),
+        (["secret", "other"], "203.0.113.5", "Bearer other", 200),
+    ],
+)
+def test_who_may_manage_adapters(keys, host, authorization, status, monkeypatch):
+    """The server's key if it has one; without a key only this machine. The answer is that of the real middleware."""
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    app = Starlette()
+    app.state.args = SimpleNamespace(api_key=keys)
+    middleware = FuraMiddleware(app)
+    middleware.adapters = ServerAdapters(None, ServeSettings(), middleware.gate)
+
+    async def server(scope, receive, send):
+        await middleware({**scope, "app": app}, receive, send)
+
+    client = TestClient(server, client=(host, 1234), headers={"authorization": authorization} if authorization else {})
+    assert client.get("/fura/adapters").status_code == status
+    if status == 200:  # and nobody may send tensors to a server that was not started for training
+        response = client.post("/fura/push", content=b"", headers={"content-type": "application/octet-stream"})
+        assert response.status_code == 400 and "--for-training" in response.json()["error"]
