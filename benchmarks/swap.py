@@ -3,12 +3,12 @@ r"""What it costs to change the adapter of a running server, against restarting 
     python benchmarks/swap.py [--model DIR_OR_NAME] [--swaps 12] [--clients 4]
 
 A server is started twice by `fura-rl serve`; both starts are timed up to the first answered request, with the adapter
-merged. Then two adapters of random numbers and the base are swapped in turn: once with nobody else there, and once while
-clients generate greedily without pause. The server's own adapter is read from its folder on this machine.
+merged. Then two adapters of random numbers and the base are swapped in turn: once with nobody else there, and once
+while clients generate greedily without pause.
 
 - `swap`: the call of `FuraClient.swap` or `.off`; under load it includes waiting for the requests in flight.
-- `latency, quiet` / `latency, swapping`: seconds a request took, without and with swaps. A request that arrives during a
-  swap is held, so the worst case is a whole request and a swap more than usual.
+- `latency`: seconds that a request took, without swaps (quiet) and with them (swapping). A request that arrives during
+  a swap is held, so at worst it takes a whole request and a swap longer than usual.
 
 The last line is JSON.
 """

@@ -57,6 +57,7 @@ class FuraClient:
         url = url if "://" in url else f"http://{url}"
         self.url = url.rstrip("/").removesuffix("/v1")
         self.patience = patience
+        self.timeout = timeout
         key = api_key or os.environ.get(KEY_VARIABLE)
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._http = httpx.Client(base_url=self.url, headers=self.headers, timeout=timeout)
@@ -95,6 +96,8 @@ class FuraClient:
             try:
                 response = self._http.request(method, f"/fura/{action}", **kwargs)
                 break
+            except httpx.ReadTimeout as error:
+                raise FuraError(f"The server at {self.url} did not answer within {self.timeout:g} s.") from error
             except httpx.TransportError as error:
                 tries.again(error)
         if response.status_code == 404:

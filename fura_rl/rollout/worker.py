@@ -25,7 +25,7 @@ def _reply(method: Callable[..., Reply | None]) -> Callable[..., Reply]:
     def answer(self: Any, *args: Any) -> Reply:
         try:
             return method(self, *args) or {}
-        except FuraError as error:
+        except (FuraError, OSError) as error:  # OSError: a checkpoint that was deleted while it was read
             return {"error": str(error)}
 
     return answer

@@ -45,7 +45,8 @@ def test_two_hundred_swaps_under_eight_clients(tmp_path, tiny_model, adapter_dir
         print(f"responses by adapter: {counts}; MiB after each 40 swaps: {[round(m) for m in memory]}")
         assert len(counts) == 3 and min(counts.values()) >= 200
         assert int(client.version()["version"].split("-")[1]) == 204  # the first, three for the answers, 200
-        assert max(memory[2:]) - memory[1] < 0.02 * memory[1]  # caches fill during the first 40
+        # allocators and caches fill during the first 80; a leak of one adapter's weights a swap would be 800 MiB more
+        assert max(memory[3:]) - memory[2] < 0.02 * memory[2]
     finally:
         server.stop()
 

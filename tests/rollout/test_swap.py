@@ -26,7 +26,7 @@ def llm(tiny_model):
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="WARNING")
     from vllm import LLM
 
-    llm = LLM(str(tiny_model), enforce_eager=True, dtype="float32", max_model_len=128, enable_prefix_caching=True)
+    llm = LLM(str(tiny_model), enforce_eager=True, dtype="float32", max_model_len=512, enable_prefix_caching=True)
     yield llm
     del llm
     gc.collect()
@@ -54,6 +54,31 @@ def test_any_adapter_may_follow_any_other(llm, fresh, keep, adapter_dir, sequenc
     for name in "ab":
         assert max_gap(seen[name], reference_logprobs(tiny_model, adapter_dir / name, sequences)) < 1e-4
         assert max_gap(seen[name], fresh) > 0.1
+
+
+def test_no_cached_prefix_outlives_a_swap(llm, adapter_dir, sequences, tiny_model):
+    """A prompt of several cache blocks, asked again after a swap: nothing that other weights computed is used."""
+    from vllm import SamplingParams
+
+    prompt = (sequences[0] * 60)[:400]
+
+    def ask():
+        (output,) = llm.generate(
+            [{"prompt_token_ids": prompt}], SamplingParams(max_tokens=1, temperature=0, logprobs=0), use_tqdm=False
+        )
+        (entry,) = output.outputs[0].logprobs
+        (token,) = output.outputs[0].token_ids
+        return output.num_cached_tokens, token, entry[token].logprob
+
+    adapters = attach(llm)
+    adapters.swap(adapter_dir / "a")
+    ask()
+    assert ask()[0] > 0
+    adapters.swap(adapter_dir / "b")
+    cached, token, logprob = ask()
+    assert cached == 0
+    assert abs(logprob - reference_logprobs(tiny_model, adapter_dir / "b", [[*prompt, token]])[0][-1]) < 1e-4
+    adapters.off()
 
 
 @pytest.mark.parametrize(
