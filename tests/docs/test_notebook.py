@@ -1,0 +1,35 @@
+"""`examples/quickstart.ipynb`: its cells run in order, and its stored outputs come from such a run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+NOTEBOOK = Path(__file__).parents[2] / "examples" / "quickstart.ipynb"
+
+
+def cells():
+    return [c for c in json.loads(NOTEBOOK.read_text())["cells"] if c["cell_type"] == "code"]
+
+
+def test_it_was_run_from_top_to_bottom():
+    assert [cell["execution_count"] for cell in cells()] == list(range(1, len(cells()) + 1))
+    assert not any(output["output_type"] == "error" for cell in cells() for output in cell["outputs"])
+
+
+@pytest.mark.slow
+def test_its_cells_run(tmp_path):
+    """With a single step of GRPO."""
+    script = tmp_path / "notebook.py"
+    script.write_text("\n".join("".join(cell["source"]) for cell in cells()))
+    environment = {"MPLBACKEND": "agg", "FURA_NOTEBOOK_STEPS": "1", "TMPDIR": str(tmp_path)}
+    process = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=500, cwd=NOTEBOOK.parent,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr[-3000:]
+    for words in ("same bits as the base model: True", "after 1 steps", "merged and adapted", "\\boxed{"):
+        assert words in process.stdout
