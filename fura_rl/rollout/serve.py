@@ -12,7 +12,6 @@ import typer
 
 from fura_rl.errors import FuraError
 from fura_rl.rollout import vllm_names
-from fura_rl.rollout.availability import vllm_problem
 from fura_rl.rollout.payload import read_folder
 from fura_rl.rollout.pristine import check_keep
 from fura_rl.rollout.server_adapters import ServeSettings
@@ -61,8 +60,6 @@ def serve_command(
     drain_seconds: Annotated[float, typer.Option(help="How long a swap waits for requests in flight.")] = 600.0,
 ) -> None:
     """An OpenAI-compatible vLLM server whose FuRA adapter can be swapped while it runs. Further options are vLLM's."""
-    if problem := vllm_problem():
-        raise FuraError(f"vLLM cannot be imported ({problem}): install fura-rl[vllm].")
     for folder in [*adapter_dir, *([watch] if watch else [])]:
         if not folder.is_dir():
             raise FuraError(f"{folder} is no folder.")

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 import time
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -136,6 +137,24 @@ def test_each_new_checkpoint_of_a_run_is_swapped_in(server, client, adapter_dir)
         while client.version()["name"] != folder.name and time.monotonic() < end:
             time.sleep(0.1)
         assert client.version()["path"] == str(folder)
+
+
+def test_watching_from_outside(server, client, adapter_dir, monkeypatch, capsys):
+    class StopError(Exception):
+        pass
+
+    def stop(seconds):
+        raise StopError
+
+    folder = server.folder / "other-run" / "checkpoint-7"
+    shutil.copytree(adapter_dir / "a", folder)
+    (folder / "trainer_state.json").write_text("{}")
+    monkeypatch.setattr("fura_rl.rollout.client.time", SimpleNamespace(sleep=stop))
+    monkeypatch.setattr(sys, "argv", ["fura-rl", "swap", server.url, "--watch", str(folder.parent)])
+    with pytest.raises(StopError):
+        cli.main()
+    assert client.version()["path"] == str(folder)
+    assert capsys.readouterr().out.startswith(client.version()["version"])
 
 
 @pytest.fixture(scope="module")

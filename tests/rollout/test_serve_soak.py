@@ -88,6 +88,7 @@ def test_a_restarted_server_is_synced_before_it_generates(tmp_path, tiny_model, 
         gaps = [row["sync/logp_gap_max"] for row in logs]
         assert len(gaps) == 3 and max(gaps) < 1e-3
         assert int(engine.stamp.split("-")[1]) == 2  # steps 2 and 3
+        trainer.vllm_generation.sync_weights()
         trained = engine.sent_bytes
 
         restart.server.kill()  # killed after the sync: what was sent last is sent again before it generates
