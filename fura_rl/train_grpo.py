@@ -41,6 +41,7 @@ from fura_rl.trainer.checks import (
     check_option_names,
     check_option_types,
     check_problems,
+    check_server,
     check_target_modules,
     check_vllm_version,
 )
@@ -78,7 +79,7 @@ def parse(argv: list[str] | None = None) -> tuple[DataArguments, FuraGRPOConfig,
     try:
         data, training, model, adapter = parser.parse_args_and_config(args=argv)
     except (ValueError, TypeError) as error:
-        raise FuraError(f"Configuration: {' '.join(str(error).split())}") from error
+        raise FuraError(f"Configuration: {' '.join(str(error).split()).rstrip('.')}.") from error
     for value, option in ((data.dataset_name, "dataset_name"), (model.model_name_or_path, "model_name_or_path")):
         if value is None:
             raise FuraError(f"--{option} is missing: set it in the recipe or on the command line.")
@@ -163,6 +164,8 @@ def run(argv: list[str] | None = None, signals: StopSignals | None = None) -> di
     output = check_output(training)
     if training.use_vllm:
         check_vllm_version()
+        if training.vllm_mode == "server" and training.process_index == 0:
+            check_server(training)
     wanted = training.resume_from_checkpoint
     checkpoint = find_checkpoint(wanted, output) if wanted else None
     main_process = training.process_index == 0

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import time
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
+import requests
 import torch
 import yaml
 from datasets import Dataset
 from packaging.version import Version
 
 from fura_rl.errors import FuraError
+from fura_rl.eval import PRESETS
 from fura_rl.prompts import Prompt
 from fura_rl.trainer.arguments import AdapterArguments
 from fura_rl.trainer.config import FuraGRPOConfig
 from fura_rl.trainer.spelling import nearest
 
 VLLM_VERSIONS = (Version("0.22"), Version("0.31"))  # what TRL 1.16 and the engine's sync were made for
-SIMPLE_TYPES = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+SIMPLE_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list"}
+UNIONS = (Union, UnionType)
+BENCHMARK_SCORES = ("accuracy", "low", "high", "truncated", "no_answer", "mean_tokens")
 
 
 def check_option_names(parser: argparse.ArgumentParser, argv: Iterable[str]) -> None:
@@ -55,14 +61,16 @@ def _recipe(argv: list[str]) -> dict[str, Any]:
 def check_option_types(*groups: Any) -> None:
     """Raises FuraError for a value of another type than its option's (argparse checks only the command line)."""
     for group in groups:
+        hints = get_type_hints(type(group))
         for option in fields(group):
-            value = getattr(group, option.name)
-            kinds = [kind.strip() for kind in str(option.type).split("|")]
-            allowed = [kind for name in kinds for kind in SIMPLE_TYPES.get(name, ())]
-            if value is None or not allowed or len(allowed) < len([k for k in kinds if k != "None"]):
+            value, hint = getattr(group, option.name), hints[option.name]
+            kinds = [get_origin(kind) or kind for kind in (get_args(hint) if get_origin(hint) in UNIONS else (hint,))]
+            if value is None or not all(kind in SIMPLE_TYPES or kind is type(None) for kind in kinds):
                 continue
-            if not isinstance(value, tuple(allowed)) or (isinstance(value, bool) and bool not in allowed):
-                raise FuraError(f"Option {option.name} takes {' or '.join(kinds)}, not {value!r}.")
+            allowed = tuple(kind for kind in (*kinds, *([int] if float in kinds else [])) if kind is not type(None))
+            if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+                names = " or ".join(SIMPLE_TYPES[kind] for kind in kinds if kind is not type(None))
+                raise FuraError(f"Option {option.name} takes {names}, not {value!r}.")
 
 
 def check_contradictions(training: FuraGRPOConfig) -> None:
@@ -76,11 +84,9 @@ def check_contradictions(training: FuraGRPOConfig) -> None:
         raise FuraError("benchmark_steps is set, but there are no benchmarks to evaluate.")
     if training.benchmark_steps is not None and training.benchmark_steps < 1:
         raise FuraError(f"benchmark_steps={training.benchmark_steps}: it must be at least 1.")
-    if training.load_best_model_at_end:
-        raise FuraError(
-            "load_best_model_at_end is not supported: with metric_for_best_model the best checkpoint is kept, and "
-            "summary.json names it."
-        )
+    if training.benchmark_preset not in PRESETS:
+        known = ", ".join(PRESETS)
+        raise FuraError(f"Unknown benchmark_preset {training.benchmark_preset!r}: use one of {known}.")
     best = training.metric_for_best_model
     if best is not None and best.startswith("eval_"):
         if not training.benchmarks or training.benchmark_steps is None:
@@ -88,9 +94,6 @@ def check_contradictions(training: FuraGRPOConfig) -> None:
         names = [f"eval_{Path(name).stem}_{score}" for name in training.benchmarks for score in BENCHMARK_SCORES]
         if best not in names:
             raise FuraError(f"No benchmark gives metric_for_best_model={best}{nearest(best, names) or '.'}")
-
-
-BENCHMARK_SCORES = ("accuracy", "low", "high", "truncated", "no_answer", "mean_tokens")
 
 
 def check_vllm_version() -> None:
@@ -107,6 +110,33 @@ def check_vllm_version() -> None:
                 "false."
             )
         return
+
+
+def check_server(training: FuraGRPOConfig) -> None:
+    """Waits until the rollout server is healthy, for `vllm_server_timeout` seconds.
+
+    TRL would wait forever for a port that accepts connections and says nothing, or says something else.
+
+    Raises:
+        FuraError: No server answers as vLLM's does.
+    """
+    url = training.vllm_server_base_url or f"http://{training.vllm_server_host}:{training.vllm_server_port}"
+    patience = training.vllm_server_timeout
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            answer = requests.get(f"{url}/health", timeout=min(max(patience, 1), 10)).status_code
+            if answer == 200:
+                return
+            reason = f"it says {answer}"
+        except requests.exceptions.RequestException as error:
+            reason = type(error).__name__
+        if time.monotonic() > deadline:
+            raise FuraError(
+                f"No vLLM server answers at {url} ({reason}) within vllm_server_timeout={patience:g} seconds: start "
+                "it, or check vllm_server_base_url; another program may have its port."
+            )
+        time.sleep(1)
 
 
 def check_target_modules(model: torch.nn.Module, arguments: AdapterArguments) -> None:

@@ -129,6 +129,11 @@ class FuraGRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        if self.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end is not supported: metric_for_best_model keeps the best checkpoint, and "
+                "summary.json names it."
+            )
         if self.bf16 is None:  # type: ignore[has-type]
             self.bf16 = torch.cuda.is_available() and not self.fp16
         super().__post_init__()

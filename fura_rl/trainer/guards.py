@@ -83,7 +83,7 @@ def load_guards(changes: dict[str, Any] | None) -> dict[str, Guard]:
     guards = dict(GUARDS)
     for name, settings in (changes or {}).items():
         if name not in GUARDS:
-            raise FuraError(f"Unknown guard {name!r}{nearest(name, GUARDS)} Guards are: {', '.join(GUARDS)}.")
+            raise FuraError(f"Unknown guard {name!r}{nearest(name, GUARDS) or '.'} Guards are: {', '.join(GUARDS)}.")
         if settings is False or settings is None:
             del guards[name]
             continue
@@ -91,7 +91,7 @@ def load_guards(changes: dict[str, Any] | None) -> dict[str, Guard]:
             raise FuraError(f"Guard {name!r} takes settings such as {{action: stop}}, or false, not {settings!r}.")
         for key in settings:
             if key not in SETTINGS:
-                raise FuraError(f"Guard {name!r} has no setting {key!r}{nearest(key, SETTINGS)}")
+                raise FuraError(f"Guard {name!r} has no setting {key!r}{nearest(key, SETTINGS) or '.'}")
         guard = replace(GUARDS[name], **settings)
         actions = ("stop", "rollback", "skip") if guard.metric is None else ("stop", "rollback")
         if guard.action not in actions:

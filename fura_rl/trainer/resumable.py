@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import requests
 import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
@@ -99,6 +100,14 @@ class ResumableGRPOTrainer(GRPOTrainer):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super()._generate(*args, **kwargs)
+        except requests.exceptions.ConnectionError as error:
+            step, last = self.state.global_step + 1, self.last_checkpoint
+            then = f"go on from {last} with --resume_from_checkpoint latest" if last else "begin anew"
+            raise FuraError(f"The vLLM server is lost at step {step}: start it again and {then}.") from error
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         if not self.model.training:

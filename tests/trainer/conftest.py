@@ -4,6 +4,7 @@ import multiprocessing
 
 import pytest
 import yaml
+
 from runs import Run
 
 
