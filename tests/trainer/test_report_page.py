@@ -49,7 +49,7 @@ class Page(HTMLParser):
 
 def write_lines(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def rollout(step, text, reward):
@@ -62,7 +62,8 @@ def hostile_run(tmp_path):
     """A run in its third step, whose model writes what an attacker would, and whose loss is no number."""
     run = tmp_path / "run<i>"
     row = {"loss": float("nan"), "reward": 0.5, "entropy": 0.2, "sync/logp_gap_mean": 1e-3, "time/train": 2.0}
-    score = {"eval_<b>_accuracy": 0.5, "eval_<b>_low": 0.4, "eval_<b>_high": 0.6, "eval_<b>_truncated": 0.25}
+    values = {"accuracy": 0.5, "low": 0.4, "high": 0.6, "truncated": 0.25, "no_answer": 0.0, "mean_tokens": 9.0}
+    score = {f"eval_<b>_{name}": value for name, value in values.items()}
     write_lines(run / "metrics.jsonl", [{"step": 0, **score}, {"step": 1, **row}, {"step": 2, **row, "reward": 0.75}])
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "rew')  # being written

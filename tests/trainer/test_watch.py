@@ -27,7 +27,8 @@ def text_of(run):
 def run_dir(tmp_path):
     """Three of ten steps of a run, 4 seconds each, by a process that exists."""
     rows = [{"step": s, "time": 100.0 + 4 * s, "reward": s / 4, "time/train": 3.0, "time/sync": 1.0} for s in (1, 2, 3)]
-    score = {"eval_x[1]_accuracy": 0.5, "eval_x[1]_low": 0.4, "eval_x[1]_high": 0.6, "eval_x[1]_truncated": 0.25}
+    values = {"accuracy": 0.5, "low": 0.4, "high": 0.6, "truncated": 0.25, "no_answer": 0.0, "mean_tokens": 9.0}
+    score = {f"eval_x[1]_{name}": value for name, value in values.items()}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [{"step": 0, **score}, *rows]))
     write_facts(tmp_path, os.getpid())
     return tmp_path
