@@ -1,33 +1,79 @@
 """Minutes of load and of killed servers. Run by `make soak`."""
 
+import gc
 import json
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from datasets import Dataset
 from servers import Server, alternate, load, logprobs_of
+from swapping import TEXTS, make_adapter, max_gap, prompt_logprobs, reference_logprobs
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from fura_rl.errors import FuraError
-from fura_rl.rollout.client import FuraClient
+from fura_rl.rollout import FuraClient, attach
 from fura_rl.trainer import FuraGRPOConfig, FuraGRPOTrainer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.soak]
 
 
-def test_two_hundred_swaps_under_eight_clients(tmp_path, tiny_model, adapter_dir, sequences):
+@pytest.fixture(scope="module", params=["tiny", "smollm2-135m"])
+def model(request, tiny_model) -> Path:
+    """The tiny model, and a real one where it lies beside the checkout."""
+    path = tiny_model if request.param == "tiny" else Path(__file__).parents[3] / "models" / request.param
+    if not path.is_dir():
+        pytest.skip(f"no model in {path}")
+    return path
+
+
+@pytest.fixture(scope="module")
+def adapters(model, tmp_path_factory) -> Path:
+    """A folder with adapters `a` and `b` of the model."""
+    folder = tmp_path_factory.mktemp("adapters")
+    for seed, name in enumerate("ab"):
+        make_adapter(model, folder / name, seed, std=0.01)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts(model) -> list[list[int]]:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return [tokenizer(text).input_ids for text in TEXTS]
+
+
+def test_in_process(model, adapters, texts, monkeypatch):
+    """A, B, off, A: the bits of a fresh engine, and transformers' merge."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    from vllm import LLM
+
+    llm = LLM(str(model), enforce_eager=True, dtype="float32", max_model_len=256)
+    seen = {None: prompt_logprobs(llm, texts)}
+    attached = attach(llm)
+    for name in ["a", "b", None, "a", "b", None]:
+        attached.off() if name is None else attached.swap(adapters / name)
+        found = prompt_logprobs(llm, texts)
+        assert found == seen.setdefault(name, found)
+    gaps = {name: max_gap(seen[name], reference_logprobs(model, adapters / name, texts)) for name in "ab"}
+    moved = {name: max_gap(seen[name], seen[None]) for name in "ab"}
+    print(f"{model.name}: largest log-prob gap to transformers' merge {gaps}, to the base {moved}")
+    assert max(gaps.values()) < 1e-4 < 1e-2 < min(moved.values())
+    del llm, attached
+    gc.collect()
+
+
+def test_two_hundred_swaps_under_eight_clients(tmp_path, model, adapters, texts):
     """Every response is of exactly one version, none fails, and the server's memory stays flat."""
-    server = Server(
-        tiny_model, tmp_path / "log", "--adapter", f"first={adapter_dir / 'a'}", "--adapter-dir", str(adapter_dir)
-    )
+    server = Server(model, tmp_path / "log", "--adapter", f"first={adapters / 'a'}", "--adapter-dir", str(adapters))
     try:
         server.wait()
         client = FuraClient(server.url)
         answers = {}
         for name in ("first", "b", None):
             client.off() if name is None else client.swap(name)
-            answers[name] = [logprobs_of(server.complete(ids)) for ids in sequences]
+            answers[name] = [logprobs_of(server.complete(ids)) for ids in texts]
 
         def resident() -> float:
             root = psutil.Process(server.process.pid)
@@ -40,12 +86,12 @@ def test_two_hundred_swaps_under_eight_clients(tmp_path, tiny_model, adapter_dir
                 memory.append(resident())
             return change(i)
 
-        counts = load(server, answers, sequences, swaps=200, change=swap)
+        counts = load(server, answers, texts, swaps=200, change=swap)
         memory.append(resident())
-        print(f"responses by adapter: {counts}; MiB after each 40 swaps: {[round(m) for m in memory]}")
+        print(f"{model.name}: responses by adapter: {counts}; MiB after each 40 swaps: {[round(m) for m in memory]}")
         assert len(counts) == 3 and min(counts.values()) >= 200
         assert int(client.version()["version"].split("-")[1]) == 204  # the first, three for the answers, 200
-        # allocators and caches fill during the first 80; a leak of one adapter's weights a swap would be 800 MiB more
+        # allocators and caches fill during the first 80; a leak of one adapter's weights a swap would be 800 MiB here
         assert max(memory[3:]) - memory[2] < 0.02 * memory[2]
     finally:
         server.stop()
