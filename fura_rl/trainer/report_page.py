@@ -204,7 +204,7 @@ def write_report(path: str | Path) -> Path:
 def _spectra(run: Run) -> list[dict[str, Any]]:
     """Drift and rank of each layer, from the adapter that the finished run saved in full.
 
-    It takes eigenvalues of every block (half a minute for a 1.7B model on two cores), so `spectra.json` keeps them.
+    It takes eigenvalues of every block, seconds to a minute for a model of billions, so `spectra.json` keeps them.
     """
     saved, kept = run.path / "adapter_model.safetensors", run.path / "spectra.json"
     if run.summary is None or not saved.is_file() or saved.stat().st_mtime < run.facts.get("started", 0.0):

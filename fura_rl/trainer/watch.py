@@ -114,7 +114,7 @@ def _accuracy(run: Run) -> Table:
 
 
 def _score(score: dict[str, Any]) -> Text:
-    return Text(f"{score['accuracy']:.3f} [{score['low']:.3f}, {score['high']:.3f}], cut off {score['truncated']:.0%}")
+    return Text(f"{score['accuracy']:.3f} [{score['low']:.3f}, {score['high']:.3f}]\ncut off {score['truncated']:.0%}")
 
 
 def _phases(run: Run) -> Table:

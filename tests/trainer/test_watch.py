@@ -52,7 +52,7 @@ def test_a_frame_shows_numbers_and_time_left(run_dir):
     assert "step 3 of 10" in text and "0:00:28 left" in text
     reward = next(line.split() for line in text.splitlines() if line.strip().startswith("reward"))
     assert reward == ["reward", "0.750", "0.250", sparkline([1, 2, 3])]
-    assert "x[1]" in text and "0.500 [0.400, 0.600], cut off 25%" in text  # brackets are no markup
+    assert "x[1]" in text and "0.500 [0.400, 0.600]" in text and "cut off 25%" in text  # brackets are no markup
     assert [line.split()[:3] for line in text.splitlines()[-2:]] == [["train", "3.00", "75%"], ["sync", "1.00", "25%"]]
 
 
