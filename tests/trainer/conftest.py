@@ -33,6 +33,39 @@ def start(processes, tmp_path):
         run.kill()
 
 
+@pytest.fixture
+def train(tmp_path, tiny_model, monkeypatch):
+    """`train(reward, guards, ...)` trains the tiny model here, six steps of 8 rollouts, and returns the trainer."""
+    # Not at the top: files of this folder that need no trainer should not import one.
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from fura_rl.trainer import FuraGRPOConfig, FuraGRPOTrainer
+
+    monkeypatch.setenv("MASTER_PORT", "0")
+    trainers = []
+
+    def train(reward, guards=None, prepare=lambda trainer: None, resume=None, **options):
+        defaults = dict(
+            output_dir=str(tmp_path), use_vllm=False, max_steps=6, per_device_train_batch_size=8, num_generations=4,
+            max_completion_length=8, learning_rate=1e-3, save_strategy="no", disable_tqdm=True, use_cpu=True,
+        )  # fmt: skip
+        args = FuraGRPOConfig(**{**defaults, **options}, guards=guards)
+        rows = [{"prompt": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(40)]
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+        trainer = FuraGRPOTrainer(
+            model, [reward], args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+        )
+        trainers.append(trainer)
+        prepare(trainer)
+        trainer.train(resume)
+        return trainer
+
+    yield train
+    for trainer in trainers:
+        trainer.close()
+
+
 @pytest.fixture(scope="session")
 def few_problems(tiny_problems, tmp_path_factory):
     """The first 16 training problems and the first 4 test problems, as two files: epochs are short."""
