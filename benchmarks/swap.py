@@ -169,7 +169,7 @@ def main() -> None:
         seconds = measure(options.model, folder, options.swaps, options.clients, options.dtype)
 
     place = "CUDA" if torch.cuda.is_available() else "CPU"
-    name = Path(options.model).name
+    name = "tiny" if options.model == str(TINY) else Path(options.model).name
     table = Table(title=f"{name}, {options.dtype}, {place}, {options.clients} clients, adapter {size / 2**20:.1f} MiB")
     for column in ("seconds", "median", "slowest", "times"):
         table.add_column(column, justify="left" if column == "seconds" else "right")

@@ -132,10 +132,15 @@ class ServerAdapters:
                 try:
                     # the gate has let every HTTP request finish; this also waits for what a server generates in the
                     # background, and empties the prefix cache
-                    await self.engine.pause_generation(mode="wait", clear_cache=True)
+                    pause = self.engine.pause_generation(mode="wait", clear_cache=True)
+                    await asyncio.wait_for(pause, self.settings.drain_seconds)
                     await self._commit()
                     self.version += 1
                     self.name, self.path, self.checksum = name, path, reply["checksum"]
+                except TimeoutError as error:
+                    raise FuraError(
+                        "Requests in the background took too long: the weights stay as they are."
+                    ) from error
                 finally:
                     await self.engine.resume_generation()
             logger.info("Weights are now %s: %s", self.stamp, self.name or "the base")

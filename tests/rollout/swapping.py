@@ -1,9 +1,11 @@
 """Adapters that have moved, and log-probs to compare: shared by the tests of swapping and serving."""
 
+import json
 from pathlib import Path
 
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from fura_rl import FuraConfig
@@ -52,3 +54,73 @@ def reference_logprobs(model: Path, adapter: Path | None, sequences) -> list[lis
 
 def max_gap(found, expected) -> float:
     return max(abs(a - b) for x, y in zip(found, expected, strict=True) for a, b in zip(x, y, strict=True))
+
+
+# -- ways to spoil the adapter in a folder
+
+
+def rewrite(folder: Path, change) -> None:
+    """Saves the adapter in `folder` again with `change(tensors)` applied."""
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file(change(tensors) or tensors, file, metadata={"format": "pt"})
+
+
+def first(tensors, suffix):
+    return next(key for key in tensors if key.endswith(suffix))
+
+
+def truncated(folder):
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def pickled(folder):
+    file = folder / "adapter_model.safetensors"
+    torch.save(load_file(file), folder / "adapter_model.bin")
+    file.unlink()
+
+
+def other_base(folder):
+    rewrite(folder, lambda t: {k: torch.randn_like(v) if k.endswith("base_sample") else v for k, v in t.items()})
+
+
+def other_shape(folder):
+    rewrite(folder, lambda t: {k: v for k, v in t.items() if "down_proj" not in k} | _doubled(t, "down_proj"))
+
+
+def _doubled(tensors, part):
+    return {
+        k: v if k.endswith("base_sample") else torch.cat([v, v])
+        for k, v in tensors.items()
+        if part in k and "layers.0" in k
+    }
+
+
+def other_layers(folder):
+    rewrite(folder, lambda t: {k.replace("layers.0.", "layers.7."): v for k, v in t.items()})
+
+
+def without_basis(folder):
+    rewrite(folder, lambda t: {k: v for k, v in t.items() if k != first(t, "basis")})
+
+
+def bad_factor(folder):
+    rewrite(folder, lambda t: {k: v[..., :-1].contiguous() if k == first(t, "scale") else v for k, v in t.items()})
+
+
+def not_finite(folder):
+    rewrite(folder, lambda t: {k: v * float("nan") if k == first(t, "core") else v for k, v in t.items()})
+
+
+def extra_module(folder):
+    rewrite(folder, lambda t: {**t, "base_model.model.model.norm.weight": torch.ones(4)})
+
+
+def lora(folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "LORA"}))
+
+
+def head(folder):
+    rewrite(folder, lambda t: {k.replace("model.layers.0.self_attn.q_proj", "lm_head"): v for k, v in t.items()})

@@ -11,8 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from servers import Server, alternate, load, logprobs_of
-from swapping import max_gap, reference_logprobs
-from test_swap import other_base, other_shape, truncated
+from swapping import max_gap, other_base, other_shape, reference_logprobs, truncated
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fura_rl import cli

@@ -1,14 +1,14 @@
 """Adapters in a running engine of this process: every change is exact, and what is refused changes nothing."""
 
 import gc
-import json
+import os
 import shutil
-from pathlib import Path
 
 import pytest
+import swapping
 import torch
-from safetensors.torch import load_file, save_file
 from swapping import make_adapter, max_gap, prompt_logprobs, reference_logprobs
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 from fura_rl.adapter.saving import to_delta
 from fura_rl.errors import FuraError
@@ -19,11 +19,13 @@ from fura_rl.rollout.payload import pack, read_folder, unpack, update
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
-@pytest.fixture(scope="module")
-def llm(tiny_model):
-    import os
-
+@pytest.fixture(scope="module", autouse=True)
+def engines_in_this_process(own_environment):
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="WARNING")
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_model, engines_in_this_process):
     from vllm import LLM
 
     llm = LLM(str(tiny_model), enforce_eager=True, dtype="float32", max_model_len=512, enable_prefix_caching=True)
@@ -113,87 +115,20 @@ def test_the_delta_form_serves_the_same(llm, adapter_dir, tmp_path, sequences):
     adapters.off()
 
 
-def rewrite(folder: Path, change) -> None:
-    """Saves the adapter in `folder` again with `change(tensors)` applied."""
-    file = folder / "adapter_model.safetensors"
-    tensors = load_file(file)
-    save_file(change(tensors) or tensors, file, metadata={"format": "pt"})
-
-
-def first(tensors, suffix):
-    return next(key for key in tensors if key.endswith(suffix))
-
-
-def truncated(folder):
-    file = folder / "adapter_model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1000])
-
-
-def pickled(folder):
-    file = folder / "adapter_model.safetensors"
-    torch.save(load_file(file), folder / "adapter_model.bin")
-    file.unlink()
-
-
-def other_base(folder):
-    rewrite(folder, lambda t: {k: torch.randn_like(v) if k.endswith("base_sample") else v for k, v in t.items()})
-
-
-def other_shape(folder):
-    rewrite(folder, lambda t: {k: v for k, v in t.items() if "down_proj" not in k} | _doubled(t, "down_proj"))
-
-
-def _doubled(tensors, part):
-    return {
-        k: v if k.endswith("base_sample") else torch.cat([v, v])
-        for k, v in tensors.items()
-        if part in k and "layers.0" in k
-    }
-
-
-def other_layers(folder):
-    rewrite(folder, lambda t: {k.replace("layers.0.", "layers.7."): v for k, v in t.items()})
-
-
-def without_basis(folder):
-    rewrite(folder, lambda t: {k: v for k, v in t.items() if k != first(t, "basis")})
-
-
-def bad_factor(folder):
-    rewrite(folder, lambda t: {k: v[..., :-1].contiguous() if k == first(t, "scale") else v for k, v in t.items()})
-
-
-def not_finite(folder):
-    rewrite(folder, lambda t: {k: v * float("nan") if k == first(t, "core") else v for k, v in t.items()})
-
-
-def extra_module(folder):
-    rewrite(folder, lambda t: {**t, "base_model.model.model.norm.weight": torch.ones(4)})
-
-
-def lora(folder):
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "LORA"}))
-
-
-def head(folder):
-    rewrite(folder, lambda t: {k.replace("model.layers.0.self_attn.q_proj", "lm_head"): v for k, v in t.items()})
-
-
 @pytest.mark.parametrize(
     "spoil, reason",
     [
-        (truncated, "truncated"),
-        (pickled, "pickle"),
-        (other_base, "another base model"),
-        (other_shape, "cover 1024 features, this model has 512"),
-        (other_layers, "no layer model.layers.7"),
-        (without_basis, "lacks basis"),
-        (bad_factor, "do not fit together"),
-        (not_finite, "NaN"),
-        (extra_module, "modules_to_save"),
-        (lora, "not one of FuRA"),
-        (head, "no linear layer"),
+        (swapping.truncated, "truncated"),
+        (swapping.pickled, "pickle"),
+        (swapping.other_base, "another base model"),
+        (swapping.other_shape, "cover 1024 features, this model has 512"),
+        (swapping.other_layers, "no layer model.layers.7"),
+        (swapping.without_basis, "lacks basis"),
+        (swapping.bad_factor, "do not fit together"),
+        (swapping.not_finite, "NaN"),
+        (swapping.extra_module, "modules_to_save"),
+        (swapping.lora, "not one of FuRA"),
+        (swapping.head, "no linear layer"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_any_weight_changes(llm, spoil, reason, adapter_dir, tmp_path, sequences):
@@ -231,6 +166,52 @@ def test_a_failure_halfway_restores_the_old_weights(llm, adapter_dir, sequences,
     adapters.swap(adapter_dir / "b")  # and the engine can go on
     assert prompt_logprobs(llm, sequences) != before
     adapters.off()
+
+
+@pytest.fixture(scope="module")
+def biased_model(tmp_path_factory):
+    """A random Qwen2: biases in q, k and v, and a head of its own."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=496, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=False, initializer_range=0.2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    folder = tmp_path_factory.mktemp("biased")
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_unpacked_fused_weights_and_biases_are_written_in_place(biased_model, sequences, tmp_path, monkeypatch):
+    """As on CUDA, where captured graphs go on reading the same memory: an engine that does not pack its weights."""
+    from vllm import LLM
+    from vllm.model_executor.layers import utils
+
+    def keep(layer, remove_weight):
+        layer.cpu_linear = torch.nn.functional.linear
+
+    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", keep)
+    llm = LLM(str(biased_model), enforce_eager=True, dtype="float32", max_model_len=128, skip_tokenizer_init=True)
+    fresh = prompt_logprobs(llm, sequences)
+
+    def addresses(model):
+        return {name: weight.data_ptr() for name, weight in model.named_parameters()}
+
+    (before,) = llm.apply_model(addresses)
+    adapters = attach(llm)
+    for name, train_bias in {"weights": False, "biases": True}.items():
+        folder = make_adapter(biased_model, tmp_path / name, seed=4, train_bias=train_bias)
+        adapters.swap(folder)
+        found = prompt_logprobs(llm, sequences)
+        assert max_gap(found, reference_logprobs(biased_model, folder, sequences)) < 1e-4
+        assert max_gap(found, fresh) > 0.1
+    adapters.off()
+    assert prompt_logprobs(llm, sequences) == fresh
+    assert llm.apply_model(addresses) == [before]
 
 
 def test_the_names_file_says_what_a_new_vllm_has_moved(llm, monkeypatch):
