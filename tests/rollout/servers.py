@@ -1,6 +1,7 @@
 """Real servers for tests: started by `fura-rl serve`, ended with the test."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -38,7 +39,9 @@ class Server:
         }
         own = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
         with log.open("ab") as file:
-            self.process = subprocess.Popen(command, env={**kept, **own}, stdout=file, stderr=file)
+            self.process = subprocess.Popen(
+                command, env={**kept, **own}, stdout=file, stderr=file, start_new_session=True
+            )
 
     def wait(self) -> "Server":
         """Until it answers."""
@@ -59,10 +62,13 @@ class Server:
         return httpx.post(f"{self.url}/v1/completions", json=body, headers=headers, timeout=300)
 
     def kill(self) -> None:
-        self.process.kill()
+        """At once, with its engine, which would outlive it: they are a session of their own."""
+        os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def stop(self) -> None:
+        if self.process.poll() is not None:
+            return
         self.process.terminate()
         try:
             self.process.wait(60)
