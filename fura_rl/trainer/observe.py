@@ -68,6 +68,7 @@ class ObserverCallback(TrainerCallback):
         trainable = sum(p.numel() for p in self.trainer.model.parameters() if p.requires_grad)
         facts = {
             "config": self.options,
+            "all_options": args.to_dict(),  # hides tokens
             "versions": versions(),
             "devices": devices(),
             "processes": args.world_size,

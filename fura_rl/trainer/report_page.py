@@ -209,6 +209,8 @@ def _spectra(run: Run) -> list[dict[str, Any]]:
     saved, kept = run.path / "adapter_model.safetensors", run.path / "spectra.json"
     if run.summary is None or not saved.is_file() or saved.stat().st_mtime < run.facts.get("started", 0.0):
         return []
+    if json.loads((run.path / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"] != "FURA":
+        return []
     if kept.is_file() and kept.stat().st_mtime >= saved.stat().st_mtime:
         return json.loads(kept.read_text(encoding="utf-8"))
     layers = [
@@ -259,14 +261,17 @@ def _facts(run: Run) -> str:
         "versions": ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items()),
         "seconds": ", ".join(f"{name} {value:.1f}" for name, value in facts.get("seconds", {}).items()),
     }
-    both = [("", {name: value for name, value in table.items() if value}), ("Options that differ from defaults", rows)]
-    return "".join(
-        (f"<h3>{title}</h3>" if title else "")
-        + "<table>"
-        + "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in part.items())
-        + "</table>"
-        for title, part in both
+    everything = {name: str(value) for name, value in facts.get("all_options", {}).items()}
+    return (
+        _table({name: value for name, value in table.items() if value})
+        + f"<h3>Options that differ from defaults</h3>{_table(rows)}"
+        + f"<details><summary>All options of the trainer</summary>{_table(everything)}</details>"
     )
+
+
+def _table(rows: dict[str, str]) -> str:
+    cells = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in rows.items())
+    return f"<table>{cells}</table>"
 
 
 def _finite(value: Any) -> Any:

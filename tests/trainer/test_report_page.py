@@ -165,6 +165,7 @@ def test_in_a_browser_nothing_of_a_completion_runs_and_the_filters_work(hostile_
     browser.choose("text", "PWNED = 1")
     assert len(rows(browser)) == 2  # it is in the problem, too
     browser.evaluate("document.querySelectorAll('#list details').forEach((card) => { card.open = true; })")
+    assert browser.evaluate("document.getElementById('diff-problem').options.length") == 1
     marked = browser.evaluate("['del', 'ins'].map((tag) => document.querySelector('#diff ' + tag).textContent)")
     assert marked == ["41", "42"]
     assert browser.errors == [] and browser.evaluate("window.pwned") is None
@@ -172,7 +173,8 @@ def test_in_a_browser_nothing_of_a_completion_runs_and_the_filters_work(hostile_
 
 @pytest.mark.slow
 def test_a_real_run_draws_every_part(tiny_run: Path, browser):
-    assert "Finished after step 2 of 2" in (tiny_run / "report.html").read_text()  # the run itself wrote it
+    text = (tiny_run / "report.html").read_text()  # the run itself wrote it
+    assert "Finished after step 2 of 2" in text and "<th>max_grad_norm</th><td>1.0</td>" in text
     browser.open(tiny_run / "report.html")
     titles = browser.evaluate("[...document.querySelectorAll('#charts figcaption b')].map((b) => b.textContent)")
     for words in ("Accuracy", "Reward of", "length", "Share", "Entropy", "Seconds a step", "Memory", "KL", "update"):
