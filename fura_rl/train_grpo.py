@@ -224,6 +224,7 @@ def run(argv: list[str] | None = None, signals: StopSignals | None = None) -> di
             "generated_tokens": trainer.generated_tokens,
             "seconds": {"total": time.time() - started + trainer.seconds_before, **trainer.clock.snapshot()},
             "engine": "vllm" if trainer.use_vllm else "transformers",
+            "error": str(error) if (error := sys.exception()) else None,
             "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
             "best_checkpoint": best.name if best else None,
         }
