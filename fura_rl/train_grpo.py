@@ -15,20 +15,18 @@ from pathlib import Path
 if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path.pop(0)  # run as a script: the package's own modules must not shadow top-level names
 
+import importlib.util
 import os
 import shutil
 import time
-from dataclasses import asdict
 from typing import Any, NoReturn
 
 import yaml
-from peft import PeftConfig
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PrinterCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PrinterCallback
 from transformers import ProgressCallback as TransformersProgressCallback
 from trl import TrlParser
 
-from fura_rl.adapter import FuraConfig
 from fura_rl.data import load_problems, to_prompts
 from fura_rl.errors import FuraError
 from fura_rl.prompts import load_prompt
@@ -45,6 +43,7 @@ from fura_rl.trainer.checks import (
     check_target_modules,
     check_vllm_version,
 )
+from fura_rl.trainer.methods import adapter_config
 from fura_rl.trainer.observe import ObserverCallback
 from fura_rl.trainer.report import (
     adapter_table,
@@ -88,7 +87,9 @@ def parse(argv: list[str] | None = None) -> tuple[DataArguments, FuraGRPOConfig,
     return data, training, model, adapter
 
 
-def load_model(arguments: ModelArguments, training: FuraGRPOConfig) -> tuple[PreTrainedModel, Any]:
+def load_model(
+    arguments: ModelArguments, training: FuraGRPOConfig, method: str = "fura"
+) -> tuple[PreTrainedModel, Any]:
     """Base model and tokenizer.
 
     Raises:
@@ -98,29 +99,44 @@ def load_model(arguments: ModelArguments, training: FuraGRPOConfig) -> tuple[Pre
     if name is not None and name.startswith(("/", "./", "../")) and not Path(name).is_dir():
         raise FuraError(f"The model directory {name} does not exist.")
     dtype = arguments.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if training.device.type == "cuda" else "float32"
+    if dtype == "auto":  # weights that are all trained need float32: bfloat16 would drop most of their updates
+        dtype = "bfloat16" if training.device.type == "cuda" and method != "full" else "float32"
     common: dict[str, Any] = {"revision": arguments.model_revision, "trust_remote_code": training.trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **common)
         model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, attn_implementation=arguments.attn_implementation, **common
+            name,
+            dtype=dtype,
+            attn_implementation=arguments.attn_implementation,
+            **quantised_loading(arguments, dtype, training),
+            **common,
         )
     except (OSError, ValueError) as error:
         raise FuraError(f"Cannot load the model {name!r}: {str(error).splitlines()[0]}") from error
-    if training.deepspeed_plugin is None and not training.fsdp:
+    quantised = arguments.load_in_4bit or arguments.load_in_8bit
+    if training.deepspeed_plugin is None and not training.fsdp and not quantised:
         model.to(training.device)  # the basis is computed where the weights are
     return model, tokenizer
 
 
-def adapter_config(arguments: AdapterArguments) -> PeftConfig:
-    """`FuraConfig` from flat options."""
-    options: dict[str, Any] = asdict(arguments)
-    if arguments.target_modules == ["all-linear"]:
-        options["target_modules"] = "all-linear"
-    if arguments.block_size.isdigit():
-        options["block_size"] = int(arguments.block_size)
-    return FuraConfig(task_type="CAUSAL_LM", **options)
+def quantised_loading(arguments: ModelArguments, dtype: str, training: FuraGRPOConfig) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that quantise the base while it loads, layer by layer; none without the option.
+
+    Raises:
+        FuraError: bitsandbytes is missing.
+    """
+    if not (arguments.load_in_4bit or arguments.load_in_8bit):
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise FuraError("load_in_4bit and load_in_8bit need bitsandbytes: pip install 'fura-rl[quantized]'.")
+    config = BitsAndBytesConfig(
+        load_in_4bit=arguments.load_in_4bit,
+        load_in_8bit=arguments.load_in_8bit,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": config, "device_map": {"": training.device}}
 
 
 def check_output(training: FuraGRPOConfig) -> Path:
@@ -162,6 +178,7 @@ def run(argv: list[str] | None = None, signals: StopSignals | None = None) -> di
         )
     data, training, model_arguments, adapter_arguments = parse(argv)
     output = check_output(training)
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(output / "tensorboard"))  # else ./runs until training begins
     if training.use_vllm:
         check_vllm_version()
         if training.vllm_mode == "server" and training.process_index == 0:
@@ -181,15 +198,17 @@ def run(argv: list[str] | None = None, signals: StopSignals | None = None) -> di
     assert data.dataset_name is not None  # checked by parse
     problems = load_problems(data.dataset_name, split=data.dataset_train_split, config=data.dataset_config)
     prompt = load_prompt(training.prompt)
-    model, tokenizer = load_model(model_arguments, training)
+    model, tokenizer = load_model(model_arguments, training, adapter_arguments.method)
     check_target_modules(model, adapter_arguments)
     check_problems(problems, prompt, tokenizer, training, getattr(model.config, "max_position_embeddings", None))
+    config = adapter_config(adapter_arguments)
     trainer = FuraGRPOTrainer(
         model,
         args=training,
         train_dataset=to_prompts(problems, prompt, tokenizer),
         processing_class=tokenizer,
-        peft_config=adapter_config(adapter_arguments),
+        peft_config=config,
+        full_finetuning=config is None,
     )
     trainer.remove_callback(TransformersProgressCallback)
     trainer.remove_callback(PrinterCallback)
@@ -210,8 +229,6 @@ def run(argv: list[str] | None = None, signals: StopSignals | None = None) -> di
         stopped = signals is not None and signals.received is not None
         if not stopped:
             trainer.save_model(str(output))
-            if trainer.benchmarks:
-                trainer.evaluate()
     finally:
         trainer.close()
         best = trainer.best_checkpoint()

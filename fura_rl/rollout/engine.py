@@ -23,9 +23,12 @@ from fura_rl.rollout.merged import merged_weights
 from fura_rl.rollout.transport import AdapterVLLMClient, adapter_of, check_model
 
 
-def trainer_dtype(model: torch.nn.Module) -> torch.dtype:
-    """The floating dtype of the base weights: what the trainer's forward pass reads."""
-    return next(p.dtype for p in model.parameters() if p.dtype.is_floating_point and not p.requires_grad)
+def trainer_dtype(model: torch.nn.Module, autocast_bf16: bool = False) -> torch.dtype:
+    """The floating dtype that the trainer's matrix products read the base weights in."""
+    if autocast_bf16:
+        return torch.bfloat16
+    floating = [p for p in model.parameters() if p.dtype.is_floating_point]
+    return next((p.dtype for p in floating if not p.requires_grad), floating[0].dtype)
 
 
 class FuraVLLMGeneration(VLLMGeneration):
@@ -69,7 +72,8 @@ class FuraVLLMGeneration(VLLMGeneration):
         if self.mode != "colocate":
             return super()._init_vllm()
         on_cpu = self.accelerator.device.type == "cpu"
-        defaults: dict[str, Any] = {"dtype": str(trainer_dtype(self.model)).removeprefix("torch.")}
+        dtype = trainer_dtype(self.model, self.accelerator.mixed_precision == "bf16" and not on_cpu)
+        defaults: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
         if on_cpu:
             defaults["enforce_eager"] = True  # compiling for a CPU takes longer than it saves
         make_llm = vllm_generation.LLM
@@ -77,7 +81,12 @@ class FuraVLLMGeneration(VLLMGeneration):
         def llm(**trl_kwargs: Any) -> Any:
             return make_llm(**{**trl_kwargs, **defaults, **self.engine_kwargs})
 
-        with patch.object(vllm_generation, "LLM", llm):  # TRL fixes its arguments in the middle of this method
+        # TRL fixes the arguments in the middle of this method. Beside a bitsandbytes policy it would quantise the
+        # engine too, which could not load merged weights; ours gets the dequantised base that the trainer reads.
+        with (
+            patch.object(vllm_generation, "LLM", llm),
+            patch.object(vllm_generation, "is_bitsandbytes_available", lambda: False),
+        ):
             super()._init_vllm()
         self._packed = on_cpu
 

@@ -11,11 +11,14 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from fura_rl.adapter import FuraLayer
-from fura_rl.adapter.base_weight import whole
+from fura_rl.adapter.base_weight import reading_weight, whole
+from fura_rl.errors import FuraError
 
 Gather = AbstractContextManager  # of a ZeRO-3 partitioned parameter
 
@@ -65,7 +68,7 @@ def merged_weights(
     """Yield `(checkpoint name, tensor)` of the merged policy, one tensor at a time, in a constant order.
 
     Args:
-        model: A PEFT-wrapped model with FuRA layers, or a plain model.
+        model: A PEFT-wrapped model, with FuRA or another adapter that can be merged, or a plain model.
         dtype: dtype of the yielded tensors; the parameter's own if None. Merged weights are computed in float32 and
             cast once.
         only_adapted: Leave out what training cannot have changed since the last full stream: parameters that no
@@ -83,8 +86,16 @@ def merged_weights(
     for module_name, module in model.named_modules():
         if isinstance(module, FuraLayer):
             yield from _merged_layer(f"{module_name}.", module, dtype, gather, rounding, seen)
+        elif isinstance(module, BaseTunerLayer):
+            yield from merged_by_peft(f"{module_name}.", module, dtype, gather, seen)
+        elif id(getattr(module, "weight", None)) not in seen and (backend := resolve_quantization_backend(module)):
+            seen.add(id(module.weight))
+            if not only_adapted:
+                with reading_weight(module, None, backend, module_name) as weight:
+                    yield checkpoint_name(f"{module_name}.weight"), weight.to(dtype or weight.dtype)
+    adapter = f".{getattr(getattr(model, 'base_model', None), 'prefix', 'fura_')}"
     for name, parameter in model.named_parameters():
-        if id(parameter) in seen or "original_module" in name or ".fura_" in name:
+        if id(parameter) in seen or "original_module" in name or adapter in name:
             continue
         if only_adapted and not parameter.requires_grad:
             continue
@@ -116,3 +127,30 @@ def _merged_layer(
         del weight
         if merged_bias is not None:
             yield checkpoint_name(f"{prefix}base_layer.bias"), merged_bias.to(dtype or base.bias.dtype)
+
+
+def merged_by_peft(
+    prefix: str, layer: Any, dtype: torch.dtype | None, gather: GatherFunction, seen: set[int]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The parameters of a layer with another adapter of PEFT's, which merges them in their own dtype.
+
+    The merge runs on copies, which are dropped: PEFT's unmerge alone would leave a rounded base weight behind.
+
+    Raises:
+        FuraError: The base is quantised, so that merging would quantise the merged weight again.
+    """
+    base = layer.get_base_layer()
+    seen.update(id(parameter) for parameter in layer.parameters())
+    if any(not parameter.dtype.is_floating_point for parameter in base.parameters()):
+        raise FuraError(f"{type(layer).__name__} cannot be merged on a quantised base for the engine; FuRA can.")
+    with gather(list(layer.parameters())), torch.no_grad():
+        untouched = {name: parameter.data for name, parameter in base.named_parameters()}
+        for parameter in base.parameters():
+            parameter.data = parameter.data.clone()
+        layer.merge()
+        merged = {name: parameter.data.clone() for name, parameter in base.named_parameters()}
+        layer.unmerge()
+        for name, parameter in base.named_parameters():
+            parameter.data = untouched[name]
+        for name, tensor in merged.items():
+            yield checkpoint_name(f"{prefix}base_layer.{name}"), tensor.to(dtype or tensor.dtype)

@@ -46,6 +46,11 @@ from fura_rl.trainer.resumable import ResumableGRPOTrainer
 logger = logging.getLogger(__name__)
 
 
+def fura_parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    """The trained tensors of FuRA's layers, by name."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if ".fura_" in name]
+
+
 class FuraGRPOTrainer(ResumableGRPOTrainer):
     """GRPO of a FuRA-adapted causal language model with verifiable rewards.
 
@@ -55,6 +60,7 @@ class FuraGRPOTrainer(ResumableGRPOTrainer):
         args: The configuration.
         train_dataset: Rows with `prompt` (as TRL wants it) and `answer`, see `fura_rl.data`.
         peft_config: The adapter; FuRA on all linear layers if None. Not used if `model` is a `PeftModel`.
+        full_finetuning: Train every weight of `model`, without an adapter.
         verifier: The judge of answers; one is made (and closed with `close()`) if None.
         **kwargs: Further arguments of `trl.GRPOTrainer`.
 
@@ -73,6 +79,7 @@ class FuraGRPOTrainer(ResumableGRPOTrainer):
         train_dataset: Dataset | None = None,
         *,
         peft_config: PeftConfig | None = None,
+        full_finetuning: bool = False,
         verifier: MathVerifier | None = None,
         **kwargs: Any,
     ) -> None:
@@ -88,7 +95,7 @@ class FuraGRPOTrainer(ResumableGRPOTrainer):
         if args.use_vllm and (problem := vllm_problem()):
             logger.warning("vLLM cannot be imported (%s): transformers generates the rollouts, slowly.", problem)
             args.use_vllm = False
-        if peft_config is None and not isinstance(model, PeftModel):
+        if peft_config is None and not full_finetuning and not isinstance(model, PeftModel):
             peft_config = FuraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
         self._last_loaded_step: int = -1  # TRL sets it where it uses vLLM
         self.clock = PhaseClock()
@@ -108,15 +115,19 @@ class FuraGRPOTrainer(ResumableGRPOTrainer):
             transport=args.vllm_transport,
             rounding=args.sync_rounding,
         )
+        trained = {name: p.data for name, p in fura_parameters(model)} if isinstance(model, PeftModel) else {}
         with patch.object(grpo_trainer, "VLLMGeneration", engine):  # TRL names the class inside its constructor
             super().__init__(
                 model, reward_funcs, args=args, train_dataset=train_dataset, peft_config=peft_config, **kwargs
             )
+        for name, parameter in fura_parameters(self.model):  # TRL casts adapters of quantised models to bfloat16
+            if parameter.dtype == torch.bfloat16:
+                parameter.data = trained.get(name, parameter.data.float())
         self.benchmarks = [
             load_benchmark(name, data_dir=args.benchmark_data_dir, limit=args.benchmark_limit)
             for name in args.benchmarks
         ]
-        if self.benchmarks and args.benchmark_steps:
+        if self.benchmarks:
             self.add_callback(BenchmarkCallback(self, args.benchmark_steps))
         if self.is_deepspeed_enabled:  # it steps inside of backward: a step cannot be left out, nor state put back
             guards = {name: replace(guard, action="stop") for name, guard in guards.items()}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, OFTConfig, RandLoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from fura_rl import FuraConfig
@@ -94,3 +94,42 @@ def test_stochastic_rounding_keeps_updates_that_nearest_rounding_drops():
         stochastic += float(((random[name].double() - weight) * update).sum())
     assert abs(nearest / exact) < 0.5
     assert stochastic / exact == pytest.approx(1, abs=0.2)
+
+
+OTHER_METHODS = {
+    "lora": LoraConfig(r=4, target_modules="all-linear"),
+    "dora": LoraConfig(r=4, use_dora=True, target_modules="all-linear"),
+    "pissa": LoraConfig(r=4, init_lora_weights="pissa", target_modules="all-linear"),
+    "oft": OFTConfig(oft_block_size=4, target_modules="all-linear"),
+    "randlora": RandLoraConfig(r=4, randlora_alpha=8, target_modules="all-linear"),
+}
+
+
+@pytest.mark.parametrize("method", OTHER_METHODS)
+def test_other_adapters_of_peft_are_streamed_as_peft_merges_them(method):
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(Qwen2Config(**SHAPE, tie_word_embeddings=True))
+    names = set(base.state_dict()) - {"lm_head.weight"}
+    model = get_peft_model(base, OTHER_METHODS[method])
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    stream = {name: tensor.clone() for name, tensor in merged_weights(model)}
+    assert set(stream) == names
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    reference = model.merge_and_unload().state_dict()
+    moved = 0
+    for name, tensor in stream.items():
+        assert torch.equal(tensor, reference[name])
+        moved += not torch.equal(
+            tensor, before.get(f"base_model.model.{name}".replace(".weight", ".base_layer.weight"), tensor)
+        )
+    assert moved == 7 * SHAPE["num_hidden_layers"]
+
+
+def test_a_plain_model_is_streamed_as_it_is():
+    model = AutoModelForCausalLM.from_config(Qwen2Config(**SHAPE, tie_word_embeddings=True))
+    stream = dict(merged_weights(model))
+    assert set(stream) == set(model.state_dict()) - {"lm_head.weight"}
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in stream.items())
