@@ -232,7 +232,8 @@ def _state(run: Run) -> str:
     total = run.facts.get("max_steps", done)
     if run.summary is None:
         return f"Written after step {done} of {total}; the run had not ended."
-    return f"{'Finished' if done >= total else 'Ended early'} after step {done} of {total}."
+    ended = f"{'Finished' if done >= total else 'Ended early'} after step {done} of {total}."
+    return f"{ended} {run.summary['error']}" if run.summary.get("error") else ended
 
 
 def _score_rows(evaluations: list[dict[str, Any]]) -> str:

@@ -67,7 +67,8 @@ def ended(run: Run) -> str | None:
     """How the run ended, in words, or None if it goes on."""
     if run.summary is not None:
         done, total = run.summary.get("steps", 0), run.facts.get("max_steps", 0)
-        return "finished" if done >= total else f"stopped after step {done} of {total}"
+        reason = f": {run.summary['error']}" if run.summary.get("error") else ""
+        return "finished" if done >= total and not reason else f"stopped after step {done} of {total}{reason}"
     if run.facts.get("host") == socket.gethostname() and not _is_alive(run.facts["pid"]):
         return "its process is gone and has left no summary: killed, or out of memory"
     return None

@@ -92,6 +92,8 @@ def test_the_page_says_what_was_run_and_how_far_it_is(hostile_run):
 def test_a_summary_of_an_earlier_run_in_the_directory_is_not_this_runs(hostile_run):
     (hostile_run / "summary.json").write_text("{}")
     assert read_run(hostile_run).summary == {}
+    (hostile_run / "summary.json").write_text(json.dumps({"error": HOSTILE}))
+    assert "Ended early after step 2 of 9. &lt;/script&gt;" in write_report(hostile_run).read_text()
     facts = json.loads((hostile_run / "run.json").read_text())
     started = (hostile_run / "summary.json").stat().st_mtime + 10
     (hostile_run / "run.json").write_text(json.dumps({**facts, "started": started}))

@@ -63,6 +63,8 @@ def test_the_end_of_a_run(run_dir):
     assert "process is gone" in ended(read_run(run_dir))
     (run_dir / "summary.json").write_text('{"steps": 3}')
     assert ended(read_run(run_dir)) == "stopped after step 3 of 10"
+    (run_dir / "summary.json").write_text('{"steps": 3, "error": "The disk is full."}')
+    assert ended(read_run(run_dir)) == "stopped after step 3 of 10: The disk is full."
     (run_dir / "summary.json").write_text('{"steps": 10}')
     assert ended(read_run(run_dir)) == "finished"
 
