@@ -20,15 +20,19 @@ if TYPE_CHECKING:
 
 
 class BenchmarkCallback(TrainerCallback):
-    """Scores the benchmarks every `steps` steps; the first and last time are `train_grpo`'s."""
+    """Scores the benchmarks every `steps` steps (if not None) and at the end; the first time is `train_grpo`'s.
 
-    def __init__(self, trainer: FuraGRPOTrainer, steps: int) -> None:
+    An evaluation comes after its step's log entry and before its checkpoint.
+    """
+
+    def __init__(self, trainer: FuraGRPOTrainer, steps: int | None) -> None:
         self.trainer = trainer
         self.steps = steps
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step % self.steps == 0 and state.global_step < state.max_steps:
-            control.should_evaluate = True  # after the step's own log entry, which an evaluation here would swallow
+        due = self.steps is not None and state.global_step % self.steps == 0
+        if due or state.global_step >= state.max_steps:
+            control.should_evaluate = True
 
 
 class StopCallback(TrainerCallback):
