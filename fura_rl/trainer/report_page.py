@@ -211,6 +211,9 @@ def _spectra(run: Run) -> list[dict[str, Any]]:
         return []
     if json.loads((run.path / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"] != "FURA":
         return []
+    config = json.loads((run.path / "adapter_config.json").read_text(encoding="utf-8"))
+    if config["peft_type"] != "FURA":
+        return []
     if kept.is_file() and kept.stat().st_mtime >= saved.stat().st_mtime:
         return json.loads(kept.read_text(encoding="utf-8"))
     layers = [

@@ -12,7 +12,7 @@ import pytest
 import torch
 from browser import CHROMIUM, Browser
 from matplotlib.image import imread
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from fura_rl import FuraConfig
@@ -107,6 +107,13 @@ def test_too_many_completions_are_thinned_but_the_first_and_newest_stay(tmp_path
     steps = [record["step"] for record in shown["records"]]
     assert steps[0] == 1 and steps[-1] == 11 and 2 <= len(steps) <= 4
     assert note == f"{11 - len(steps)} of 11 files of completions are left out here."
+
+
+def test_a_run_of_another_method_has_no_spectra(hostile_run):
+    (hostile_run / "summary.json").write_text("{}")
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+    model.save_pretrained(hostile_run)
+    assert json.loads(Page(write_report(hostile_run).read_text()).scripts[0])["spectra"] == []
 
 
 def test_a_directory_without_a_run_is_one_sentence(tmp_path):
