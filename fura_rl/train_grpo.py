@@ -17,7 +17,6 @@ if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 
 import importlib.util
 import os
-import shutil
 import time
 from typing import Any, NoReturn
 
@@ -33,11 +32,12 @@ from fura_rl.prompts import load_prompt
 from fura_rl.trainer import FuraGRPOConfig, FuraGRPOTrainer
 from fura_rl.trainer.arguments import AdapterArguments, DataArguments, ModelArguments
 from fura_rl.trainer.callbacks import MetricsFileCallback, ProgressCallback, StopCallback
-from fura_rl.trainer.checkpoints import find_checkpoint, list_checkpoints, out_of_space, remove_partial, step_of
+from fura_rl.trainer.checkpoints import find_checkpoint, out_of_space
 from fura_rl.trainer.checks import (
     check_contradictions,
     check_option_names,
     check_option_types,
+    check_output,
     check_problems,
     check_server,
     check_target_modules,
@@ -54,10 +54,8 @@ from fura_rl.trainer.report import (
     write_summary,
 )
 from fura_rl.trainer.report_page import write_report
-from fura_rl.trainer.resume import JOURNALS, remove_later_completions, restore_journals
+from fura_rl.trainer.resume import JOURNALS, prepare_files
 from fura_rl.trainer.signals import Interrupted, StopSignals
-
-MIN_FREE_BYTES = 200 * 2**20  # an adapter, its optimiser state and the logs of a small run
 
 
 class Parser(TrlParser):
@@ -137,31 +135,6 @@ def quantised_loading(arguments: ModelArguments, dtype: str, training: FuraGRPOC
         bnb_4bit_compute_dtype=dtype,
     )
     return {"quantization_config": config, "device_map": {"": training.device}}
-
-
-def check_output(training: FuraGRPOConfig) -> Path:
-    """The run's directory: it can be written, has room, and holds no other run's checkpoints. Nothing is written.
-
-    Raises:
-        FuraError: One of these is not so.
-    """
-    output = Path(training.output_dir)
-    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise FuraError(f"Cannot write to output_dir {output}: {existing} is not a directory.")
-    if not os.access(existing, os.W_OK):
-        raise FuraError(f"Cannot write to output_dir {output}: no permission, or the file system is read-only.")
-    free = shutil.disk_usage(existing).free
-    if free < MIN_FREE_BYTES:
-        raise FuraError(
-            f"Only {free // 2**20} MiB are free at output_dir {output}: at least {MIN_FREE_BYTES // 2**20} are needed."
-        )
-    if list_checkpoints(output) and not training.resume_from_checkpoint:
-        raise FuraError(
-            f"{output} holds checkpoints of an earlier run: go on with --resume_from_checkpoint latest, or choose "
-            "another output_dir."
-        )
-    return output
 
 
 def run(argv: list[str] | None = None, signals: StopSignals | None = None) -> dict[str, Any]:
@@ -258,19 +231,6 @@ def run(argv: list[str] | None = None, signals: StopSignals | None = None) -> di
         plot_curves(output / JOURNALS[0], trainer.evaluations, output / "curves.png")
         print_summary(summary, output)
     return summary
-
-
-def prepare_files(output: Path, checkpoint: Path | None) -> None:
-    """The directory as it was at the checkpoint, or empty journals."""
-    output.mkdir(parents=True, exist_ok=True)
-    remove_partial(output)
-    for name in JOURNALS:
-        if checkpoint is None or checkpoint.parent != output:
-            (output / name).unlink(missing_ok=True)
-    (output / JOURNALS[0]).touch()
-    if checkpoint is not None:
-        restore_journals(checkpoint, output)
-        remove_later_completions(output, step_of(checkpoint))
 
 
 def print_summary(summary: dict[str, Any], output: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
+import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import fields
@@ -21,12 +23,14 @@ from fura_rl.errors import FuraError
 from fura_rl.eval import PRESETS
 from fura_rl.prompts import Prompt
 from fura_rl.trainer.arguments import AdapterArguments
+from fura_rl.trainer.checkpoints import list_checkpoints
 from fura_rl.trainer.config import FuraGRPOConfig
 from fura_rl.trainer.spelling import nearest
 
 VLLM_VERSIONS = (Version("0.22"), Version("0.31"))  # what TRL 1.16 and the engine's sync were made for
 SIMPLE_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list"}
 UNIONS = (Union, UnionType)
+MIN_FREE_BYTES = 200 * 2**20  # an adapter, its optimiser state and the logs of a small run
 BENCHMARK_SCORES = ("accuracy", "low", "high", "truncated", "no_answer", "mean_tokens")
 
 
@@ -94,6 +98,31 @@ def check_contradictions(training: FuraGRPOConfig) -> None:
         names = [f"eval_{Path(name).stem}_{score}" for name in training.benchmarks for score in BENCHMARK_SCORES]
         if best not in names:
             raise FuraError(f"No benchmark gives metric_for_best_model={best}{nearest(best, names) or '.'}")
+
+
+def check_output(training: FuraGRPOConfig) -> Path:
+    """The run's directory: it can be written, has room, and holds no other run's checkpoints. Nothing is written.
+
+    Raises:
+        FuraError: One of these is not so.
+    """
+    output = Path(training.output_dir)
+    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise FuraError(f"Cannot write to output_dir {output}: {existing} is not a directory.")
+    if not os.access(existing, os.W_OK):
+        raise FuraError(f"Cannot write to output_dir {output}: no permission, or the file system is read-only.")
+    free = shutil.disk_usage(existing).free
+    if free < MIN_FREE_BYTES:
+        raise FuraError(
+            f"Only {free // 2**20} MiB are free at output_dir {output}: at least {MIN_FREE_BYTES // 2**20} are needed."
+        )
+    if list_checkpoints(output) and not training.resume_from_checkpoint:
+        raise FuraError(
+            f"{output} holds checkpoints of an earlier run: go on with --resume_from_checkpoint latest, or choose "
+            "another output_dir."
+        )
+    return output
 
 
 def check_vllm_version() -> None:

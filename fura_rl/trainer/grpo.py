@@ -206,17 +206,6 @@ class FuraGRPOTrainer(ResumableGRPOTrainer):
         self.gradient_norm = float(norm)
         return norm
 
-    def roll_back(self, checkpoint: Path) -> None:
-        """Put adapter and optimiser back to a checkpoint; data and schedule go on, with new rollouts."""
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        self._load_from_checkpoint(str(checkpoint))
-        state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
-        self.optimizer.load_state_dict(state)
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        self._buffered_inputs = None
-        self._last_loaded_step = -1
-
     def progress(self) -> dict[str, Any]:
         """Counters and evaluations that a resumed run gets back."""
         return {

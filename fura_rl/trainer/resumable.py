@@ -55,6 +55,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
         self._staging = False
         self._epochs_before = 0
         self._scores: dict[str, list[float]] = defaultdict(list)
+        self._buffered_inputs: Any = None  # TRL's: the slices of the current generation batch
         super().__init__(*args, **kwargs)
 
     def progress(self) -> dict[str, Any]:
@@ -87,6 +88,17 @@ class ResumableGRPOTrainer(GRPOTrainer):
             return super().train(str(checkpoint), *args, **kwargs)
         finally:
             self.remove_callback(restore)
+
+    def roll_back(self, checkpoint: Path) -> None:
+        """Put adapter and optimiser back to a checkpoint; data and schedule go on, with new rollouts."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._load_from_checkpoint(str(checkpoint))
+        state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+        self.optimizer.load_state_dict(state)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self._buffered_inputs = None
+        self._last_loaded_step = -1
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         sampler = super()._get_train_sampler(dataset)

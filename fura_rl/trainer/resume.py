@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fura_rl.errors import FuraError
+from fura_rl.trainer.checkpoints import remove_partial, step_of
 
 if TYPE_CHECKING:
     from fura_rl.trainer.resumable import ResumableGRPOTrainer
@@ -170,6 +171,19 @@ def remove_later_completions(run: Path, step: int) -> None:
     for path in (run / "completions").glob("step_*.jsonl"):
         if int(path.stem.removeprefix("step_")) > step:
             path.unlink()
+
+
+def prepare_files(output: Path, checkpoint: Path | None) -> None:
+    """The directory as it was at the checkpoint, or empty journals."""
+    output.mkdir(parents=True, exist_ok=True)
+    remove_partial(output)
+    for name in JOURNALS:
+        if checkpoint is None or checkpoint.parent != output:
+            (output / name).unlink(missing_ok=True)
+    (output / JOURNALS[0]).touch()
+    if checkpoint is not None:
+        restore_journals(checkpoint, output)
+        remove_later_completions(output, step_of(checkpoint))
 
 
 @contextmanager
