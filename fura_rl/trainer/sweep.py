@@ -1,0 +1,258 @@
+"""`fura-rl sweep`: methods x learning rates x seeds in the same trainer, on the same data, and what came out.
+
+A sweep is a YAML file:
+
+    recipe: configs/demo.yaml            # what all runs share; `options` changes it
+    output_dir: runs/sweep
+    options: {max_steps: 40}
+    methods:                             # a name, or a name with options of its own
+      fura: {learning_rate: [1.0e-3, 2.0e-3]}
+      lora: {learning_rate: [1.0e-3, 3.0e-3], lora_r: 8}
+    seeds: [1, 2, 3]
+
+A list below a method makes one run for each of its values. Each run is a process of its own in `output_dir/<name>`:
+what is done is not made again, what was interrupted goes on from its last checkpoint. `--only N` makes one run, for
+the arrays of a scheduler; the table reads whatever is there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+from statistics import fmean, median
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from fura_rl.errors import FuraError
+from fura_rl.eval.statistics import exact
+from fura_rl.trainer.checkpoints import list_checkpoints
+
+KEYS = {"recipe", "output_dir", "options", "methods", "seeds"}
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One training run of a sweep."""
+
+    method: str
+    setting: str  # the values of its lists, such as "learning_rate=0.001"
+    seed: int
+    options: dict[str, Any]
+    folder: Path
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """What the finished run wrote; None before."""
+        path = self.folder / "summary.json"
+        if not path.is_file():
+            return None
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        return summary if summary["steps"] >= self.options["max_steps"] else None
+
+    def curve(self) -> list[tuple[int, float]]:
+        """(step, held-out accuracy), the mean over benchmarks, of each evaluation."""
+        evaluations = (self.summary or {}).get("evaluations", [])
+        return [(e["step"], fmean(score["accuracy"] for score in e["scores"].values())) for e in evaluations]
+
+
+def plan_sweep(path: Path) -> list[SweepRun]:
+    """Every run that a sweep's file asks for, in order.
+
+    Raises:
+        FuraError: The file cannot be read, or does not say what is needed.
+    """
+    if not path.is_file():
+        raise FuraError(f"There is no sweep file {path}.")
+    sweep = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(sweep, dict) or set(sweep) - KEYS or not {"recipe", "output_dir", "methods"} <= set(sweep):
+        raise FuraError(f"{path} needs the keys recipe, output_dir and methods, and may have options and seeds.")
+    recipe_path = Path(sweep["recipe"])
+    if not recipe_path.is_file():
+        raise FuraError(f"{path}: there is no recipe {recipe_path}.")
+    common = {**yaml.safe_load(recipe_path.read_text(encoding="utf-8")), **sweep.get("options", {})}
+    if not common.get("benchmarks") or "max_steps" not in common:
+        raise FuraError(f"{path}: a sweep compares held-out accuracy at equal steps: set benchmarks and max_steps.")
+    methods = sweep["methods"]
+    if not isinstance(methods, dict):
+        methods = {name: {} for name in methods}
+    runs = []
+    for name, own in methods.items():
+        own = {"method": name, **(own or {})}
+        lists = {key: value for key, value in own.items() if isinstance(value, list)}
+        for values in itertools.product(*lists.values()):
+            chosen = dict(zip(lists, values, strict=True))
+            setting = ",".join(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
+                               for key, value in chosen.items())  # fmt: skip
+            for seed in sweep.get("seeds", [1]):
+                folder = Path(sweep["output_dir"]) / "-".join(filter(None, [name, setting, f"seed={seed}"]))
+                options = {**common, **own, **chosen, "seed": seed, "output_dir": str(folder)}
+                runs.append(SweepRun(name, setting, seed, options, folder))
+    return runs
+
+
+def train_one(run: SweepRun, gpu: int | None = None) -> int:
+    """Make a run, or go on with it; its output goes to `log.txt`. Returns the exit status."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    options = dict(run.options)
+    if list_checkpoints(run.folder):
+        options["resume_from_checkpoint"] = "latest"
+    recipe = run.folder / "sweep_recipe.yaml"
+    recipe.write_text(yaml.safe_dump(options), encoding="utf-8")
+    environment = dict(os.environ)
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    with (run.folder / "log.txt").open("a", encoding="utf-8") as log:
+        command = [sys.executable, "-m", "fura_rl.train_grpo", "--config", str(recipe)]
+        return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
+
+
+def train_all(runs: list[SweepRun], gpus: int) -> list[SweepRun]:
+    """Make the runs that are missing, as many at a time as there are GPUs; returns those that failed."""
+    free: Queue[int | None] = Queue()
+    for gpu in range(gpus) if gpus else [None]:
+        free.put(gpu)
+
+    def make(run: SweepRun) -> bool:
+        gpu = free.get()
+        try:
+            status = train_one(run, gpu)
+        finally:
+            free.put(gpu)
+        curve = run.curve()
+        outcome = f"accuracy {curve[0][1]:.3f} -> {curve[-1][1]:.3f}" if curve else f"failed, see {run.folder}/log.txt"
+        print(f"{run.folder.name}: {outcome}", flush=True)
+        return status == 0 and run.summary is not None
+
+    missing = [run for run in runs if run.summary is None]
+    print(f"{len(runs)} runs, {len(runs) - len(missing)} done before", flush=True)
+    with ThreadPoolExecutor(max(gpus, 1)) as pool:
+        return [run for run, good in zip(missing, pool.map(make, missing), strict=True) if not good]
+
+
+def summarise(runs: list[SweepRun]) -> list[dict[str, Any]]:
+    """One row a method, the best first: its best setting by mean final accuracy over seeds, and how the others did.
+
+    `wins` counts the seeds on which a method's best setting beats that of the first method of the sweep.
+    """
+    final: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for run in runs:
+        if curve := run.curve():
+            final[run.method][run.setting][run.seed] = curve[-1][1]
+    best = {
+        method: max(settings.items(), key=lambda item: fmean(item[1].values())) for method, settings in final.items()
+    }
+    reference = runs[0].method
+    rows = []
+    for method, (setting, by_seed) in best.items():
+        row = {
+            "method": method,
+            "setting": setting,
+            "accuracy": fmean(by_seed.values()),
+            "seeds": dict(sorted(by_seed.items())),
+            "median_over_settings": median(fmean(seeds.values()) for seeds in final[method].values()),
+            "settings": {name: fmean(seeds.values()) for name, seeds in final[method].items()},
+        }
+        if method != reference and reference in best:
+            theirs = best[reference][1]
+            shared = sorted(by_seed.keys() & theirs.keys())
+            if shared:
+                differences = [by_seed[seed] - theirs[seed] for seed in shared]
+                wins = sum(difference > 0 for difference in differences)
+                interval = exact(wins, len(shared))
+                row["against"] = {
+                    "method": reference,
+                    "difference": fmean(differences),
+                    "wins": [wins, len(shared), interval.low, interval.high],
+                }
+        rows.append(row)
+    return sorted(rows, key=lambda row: -row["accuracy"])
+
+
+def sweep_table(rows: list[dict[str, Any]]) -> str:
+    """The rows of `summarise` as Markdown."""
+    lines = [
+        "| method | best setting | mean accuracy | lowest .. highest seed | median over settings | against the first |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        seeds = row["seeds"].values()
+        against = "-"
+        if "against" in row:
+            wins, of, low, high = row["against"]["wins"]
+            against = f"{row['against']['difference']:+.3f}, better on {wins} of {of} seeds [{low:.2f}, {high:.2f}]"
+        lines.append(
+            f"| {row['method']} | {row['setting'] or '-'} | {row['accuracy']:.3f} | {min(seeds):.3f} .. "
+            f"{max(seeds):.3f} | {row['median_over_settings']:.3f} | {against} |"
+        )
+    return "\n".join(lines)
+
+
+def plot_sweep(runs: list[SweepRun], rows: list[dict[str, Any]], path: Path) -> None:
+    """Held-out accuracy over steps at each method's best setting, every seed; and over learning rates."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    over_steps, over_rates = figure.subplots(1, 2)
+    for index, row in enumerate(rows):
+        colour, label = f"C{index}", row["method"]
+        for run in runs:
+            if (run.method, run.setting) == (row["method"], row["setting"]) and (curve := run.curve()):
+                over_steps.plot(*zip(*curve, strict=True), color=colour, alpha=0.7, label=label)
+                label = None
+        points: dict[float, list[float]] = defaultdict(list)
+        for run in runs:
+            if run.method == row["method"] and (curve := run.curve()):
+                points[float(run.options.get("learning_rate", 1e-6))].append(curve[-1][1])
+        rates = sorted(points)
+        over_rates.plot(rates, [fmean(points[rate]) for rate in rates], "o-", color=colour, label=row["method"])
+    over_steps.set(xlabel="step", ylabel="held-out accuracy", title="best setting, each seed")
+    over_rates.set(xlabel="learning rate", xscale="log", title="final accuracy, mean over seeds")
+    for axis in (over_steps, over_rates):
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=120)
+
+
+def sweep_command(
+    path: Annotated[Path, typer.Argument(metavar="SWEEP.yaml")],
+    gpus: Annotated[
+        int, typer.Option(help="Runs at a time, each on a GPU of its own; 0 makes one after the other.")
+    ] = 0,
+    only: Annotated[
+        int | None, typer.Option(help="Make only the run of this number (from 0), for a job array.")
+    ] = None,
+    list_runs: Annotated[bool, typer.Option("--list", help="List the runs and whether they are done.")] = False,
+    table: Annotated[bool, typer.Option("--table", help="Make no run: the table of what is done.")] = False,
+) -> None:
+    """Compare methods: make the runs of a sweep that are missing, then a table and plots of all of them."""
+    runs = plan_sweep(path)
+    if list_runs:
+        for index, run in enumerate(runs):
+            print(f"{index:4d} {'done' if run.summary else '    '} {run.folder.name}")
+        return
+    if only is not None:
+        if not 0 <= only < len(runs):
+            raise FuraError(f"{path} has runs 0 to {len(runs) - 1}; there is no run {only}.")
+        failed = train_all([runs[only]], gpus=0)
+    else:
+        failed = [] if table else train_all(runs, gpus)
+        rows = summarise(runs)
+        if rows:
+            folder = runs[0].folder.parent
+            (folder / "sweep.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+            (folder / "sweep.md").write_text(sweep_table(rows) + "\n", encoding="utf-8")
+            plot_sweep(runs, rows, folder / "sweep.png")
+            print(f"{sweep_table(rows)}\n{folder} (sweep.json, sweep.md, sweep.png)")
+    if failed:
+        names = ", ".join(run.folder.name for run in failed)
+        raise FuraError(f"{len(failed)} of the sweep's runs failed ({names}): the same command tries them again.")

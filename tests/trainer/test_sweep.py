@@ -1,0 +1,118 @@
+"""Sweeps: which runs they are made of, what is made again, and the table."""
+
+import json
+
+import pytest
+import yaml
+
+from fura_rl.errors import FuraError
+from fura_rl.trainer.sweep import plan_sweep, summarise, sweep_command, sweep_table
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Writes a sweep's file and returns its path."""
+
+    def write(methods, recipe=None, **changes):
+        (tmp_path / "recipe.yaml").write_text(
+            yaml.safe_dump({"max_steps": 5, "benchmarks": ["b.jsonl"], **(recipe or {})})
+        )
+        path = tmp_path / "sweep.yaml"
+        content = {"recipe": str(tmp_path / "recipe.yaml"), "output_dir": str(tmp_path / "out"), "methods": methods}
+        path.write_text(yaml.safe_dump({**content, **changes}, sort_keys=False))
+        return path
+
+    return write
+
+
+def finish(run, *accuracies, steps=5):
+    """Writes what a run of `steps` steps with these evaluations leaves behind."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    evaluations = [{"step": i, "scores": {"b": {"accuracy": a}}} for i, a in enumerate(accuracies)]
+    (run.folder / "summary.json").write_text(json.dumps({"steps": steps, "evaluations": evaluations}))
+
+
+def test_lists_are_multiplied_out_and_options_reach_the_runs(sweep):
+    methods = {"fura": {"learning_rate": [1e-3, 2e-3], "block_size": ["closest", "full"]}, "lora": {"lora_r": 8}}
+    runs = plan_sweep(sweep(methods, seeds=[1, 2], options={"max_steps": 7}))
+    assert len(runs) == 2 * 2 * 2 + 2 and len({run.folder for run in runs}) == len(runs)
+    assert [run.options["method"] for run in runs] == ["fura"] * 8 + ["lora"] * 2
+    assert {run.options["learning_rate"] for run in runs[:8]} == {1e-3, 2e-3}
+    assert runs[-1].options["lora_r"] == 8 and runs[-1].options["seed"] == 2 and runs[-1].options["max_steps"] == 7
+    assert runs[0].folder.name == "fura-learning_rate=0.001,block_size=closest-seed=1"
+    assert runs[0].options["benchmarks"] == ["b.jsonl"]
+
+
+def test_a_run_counts_as_done_when_it_made_all_its_steps(sweep):
+    run = plan_sweep(sweep(["fura"]))[0]
+    assert run.summary is None
+    finish(run, 0.2, 0.4, steps=3)
+    assert run.summary is None and run.curve() == []
+    finish(run, 0.2, 0.4)
+    assert run.curve() == [(0, 0.2), (1, 0.4)]
+
+
+def test_the_table_takes_each_methods_best_setting(sweep):
+    runs = plan_sweep(sweep({"fura": {"learning_rate": [1e-3, 2e-3]}, "lora": {}}, seeds=[1, 2]))
+    for run, final in zip(runs, (0.5, 0.7, 0.8, 0.6, 0.9, 0.5), strict=True):
+        finish(run, 0.1, final)
+    rows = summarise(runs)
+    assert [row["method"] for row in rows] == ["fura", "lora"] or rows[0]["accuracy"] == rows[1]["accuracy"]
+    fura, lora = sorted(rows, key=lambda row: row["method"])
+    assert fura["setting"] == "learning_rate=0.002" and fura["accuracy"] == pytest.approx(0.7)
+    assert fura["median_over_settings"] == pytest.approx(0.65)
+    assert lora["against"]["difference"] == pytest.approx(0.0) and lora["against"]["wins"][:2] == [1, 2]
+    assert "| lora | - | 0.700 | 0.500 .. 0.900 |" in sweep_table(rows)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seed": [1]}, "needs the keys"),
+        ({"output": "elsewhere"}, "needs the keys"),
+    ],
+)
+def test_mistakes_are_one_sentence(sweep, changes, words):
+    with pytest.raises(FuraError, match=words):
+        plan_sweep(sweep(["fura"], **changes))
+
+
+def test_a_missing_file_is_named(sweep, tmp_path):
+    path = sweep(["fura"])
+    (tmp_path / "recipe.yaml").unlink()
+    with pytest.raises(FuraError, match=r"there is no recipe .*recipe.yaml"):
+        plan_sweep(path)
+    with pytest.raises(FuraError, match=r"There is no sweep file"):
+        plan_sweep(tmp_path / "nowhere.yaml")
+
+
+def test_a_sweep_without_evaluation_is_refused(sweep):
+    with pytest.raises(FuraError, match="set benchmarks and max_steps"):
+        plan_sweep(sweep(["fura"], recipe={"benchmarks": []}))
+
+
+@pytest.mark.slow
+def test_missing_runs_are_made_and_finished_ones_are_not(sweep, tmp_path, tiny_model, tiny_problems, capsys):
+    recipe = dict(
+        model_name_or_path=str(tiny_model), dataset_name=str(tiny_problems / "train.jsonl"), prompt="plain",
+        max_steps=1, per_device_train_batch_size=8, num_generations=8, max_completion_length=16, use_vllm=False,
+        benchmarks=[str(tiny_problems / "test.jsonl")], benchmark_max_tokens=16, save_strategy="no",
+    )  # fmt: skip
+    path = sweep({"fura": {}, "lora": {"lora_r": 4}}, recipe=recipe)
+    finish(plan_sweep(path)[1], 0.0, 0.25, steps=1)
+    sweep_command(path)
+    printed = capsys.readouterr().out
+    assert "2 runs, 1 done before" in printed and "| lora | - | 0.250 |" in printed
+    out = tmp_path / "out"
+    assert {row["method"] for row in json.loads((out / "sweep.json").read_text())} == {"fura", "lora"}
+    assert (out / "sweep.png").stat().st_size > 0
+    assert (out / "fura-seed=1" / "adapter_model.safetensors").exists()
+    sweep_command(path)
+    assert "2 runs, 2 done before" in capsys.readouterr().out
+
+
+def test_a_failed_run_is_named(sweep, tmp_path, capsys):
+    path = sweep(["fura"], recipe={"model_name_or_path": str(tmp_path / "no_model"), "dataset_name": "no.jsonl"})
+    with pytest.raises(FuraError, match=r"1 of the sweep's runs failed \(fura-seed=1\)"):
+        sweep_command(path)
+    assert "error:" in (tmp_path / "out" / "fura-seed=1" / "log.txt").read_text()
