@@ -15,8 +15,9 @@ from fura_rl.eval import load_benchmark
 from fura_rl.rewards import MathVerifier
 with MathVerifier(workers=1) as verifier:
     grade = verifier.grade([r"\\boxed{\\frac{2}{4}}"], ["1/2"])[0]
-recipe = fura_rl.configs.path("demo.yaml")
-print(json.dumps([[m.__file__ for m in (fura_rl, fura_rl.rewards, fura_rl.eval)], recipe.is_file(), grade.reason]))
+files = [fura_rl.configs.path(name) for name in ("demo.yaml", "accelerate/zero3.yaml", "deepspeed/zero3.json")]
+found = all(file.is_file() for file in files)
+print(json.dumps([[m.__file__ for m in (fura_rl, fura_rl.rewards, fura_rl.eval)], found, grade.reason]))
 """
 
 
@@ -39,9 +40,9 @@ def test_wheel_installs_and_imports(tmp_path):
         capture_output=True, text=True,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-2000:]
-    where, recipe, reason = json.loads(process.stdout.splitlines()[-1])
+    where, found, reason = json.loads(process.stdout.splitlines()[-1])
     assert all(Path(path).is_relative_to(site) for path in where)
-    assert recipe and reason == "correct"
+    assert found and reason == "correct"
 
 
 def test_python_that_is_too_old_is_told_so(tmp_path):

@@ -1,4 +1,4 @@
-"""What evaluation adds to bare generation: `python -m fura_rl.eval.overhead --model M --data-dir D`.
+"""What evaluation adds to bare generation: `python benchmarks/evaluation.py --model M --data-dir D`.
 
 Draws the same greedy completions of MATH-500 with `llm.generate` and with `evaluate` (progress and journal included),
 in turns, on one engine, and prints seconds, tokens/s and the ratio; JSON is the last line.
@@ -15,13 +15,10 @@ from typing import Annotated, Any
 
 import typer
 
+from fura_rl.eval import Sampling, VLLMSampler, evaluate, load_benchmark
+from fura_rl.eval.evaluation import plan
+from fura_rl.eval.models import EngineOptions, load_tokenizer, open_sampler
 from fura_rl.prompts import load_prompt
-
-from .benchmarks import load_benchmark
-from .engines import VLLMSampler
-from .evaluation import evaluate, plan
-from .models import EngineOptions, load_tokenizer, open_sampler
-from .sampling import Sampling
 
 
 def main(
