@@ -9,14 +9,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from fura_rl import doctor
-from fura_rl.cli import COMMANDS, app
-
-
-def say(*arguments, environment=None):
-    return subprocess.run(
-        [sys.executable, "-m", "fura_rl.cli", *map(str, arguments)], capture_output=True, text=True, timeout=300,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", **(environment or {})},
-    )  # fmt: skip
+from fura_rl.cli import COMMANDS, app, main
 
 
 def test_without_arguments_every_command_is_listed_with_an_example():
@@ -39,22 +32,27 @@ def test_a_wrong_name_gets_the_nearest_one():
     assert result.exit_code == 2 and "Did you mean 'compare'?" in result.output
 
 
-def test_a_mistake_is_one_sentence_and_an_example(tmp_path):
-    process = say("report", tmp_path)
-    assert process.returncode == 2 and process.stdout == ""
-    error, hint = process.stderr.splitlines()[-2:]
+def test_a_mistake_is_one_sentence_and_an_example(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fura-rl", "report", str(tmp_path)])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 2
+    error, hint = capsys.readouterr().err.splitlines()
     assert error.startswith(f"error: {tmp_path} has no metrics.jsonl")
     assert hint == "An example: fura-rl report runs/demo (options: fura-rl report --help)"
 
 
-def test_doctor_on_this_machine_and_with_a_broken_engine(tmp_path):
-    """One of them as a user starts it: exit status, and the reason for each thing that is amiss."""
+def test_doctor_names_a_broken_engine_and_what_is_not_installed(tmp_path):
+    """As a user starts it: exit status 1, and the reason for each thing that is amiss."""
     (tmp_path / "vllm").mkdir()
     (tmp_path / "vllm" / "__init__.py").write_text("raise ImportError('libcudart.so.13: cannot open')\n")
     metadata = tmp_path / "vllm-0.30.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.30.0\n")
-    process = say("doctor", environment={"PYTHONPATH": str(tmp_path), "COLUMNS": "200"})
+    process = subprocess.run(
+        [sys.executable, "-m", "fura_rl.cli", "doctor"], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "COLUMNS": "200"},
+    )  # fmt: skip
     assert process.returncode == 1, process.stderr
     assert "ok   adapter: loss" in process.stdout and "ok   verifier: 4 answers" in process.stdout
     assert "FAIL engine: vLLM 0.30.0 is installed but cannot be imported: ImportError: libcudart" in process.stdout

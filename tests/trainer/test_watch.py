@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -74,20 +75,31 @@ def test_once_prints_one_frame(run_dir):
     assert result.exit_code == 0 and "step 3 of 10" in result.output
 
 
-@pytest.mark.parametrize("how", ["summary", "ctrl-c"])
-def test_it_follows_until_the_run_or_the_user_ends(run_dir, how):
+def test_it_follows_until_the_run_ends(run_dir):
+    """Into a pipe: a picture at the start, one for each step, one at the end."""
+
+    def go_on():
+        with (run_dir / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": 4, "time": 120.0, "reward": 1.0}) + "\n")
+        (run_dir / "summary.json").write_text('{"steps": 10}')
+
+    timer = threading.Timer(0.5, go_on)
+    timer.start()
+    result = CliRunner().invoke(app, ["watch", str(run_dir), "--every", "0.1"])
+    timer.join()
+    assert result.exit_code == 0
+    assert "step 3 of 10" in result.output and "step 4 of 10" in result.output.split("finished")[0]
+
+
+def test_ctrl_c_ends_the_watching_not_the_run(run_dir):
     process = subprocess.Popen(
         [sys.executable, "-m", "fura_rl.cli", "watch", run_dir, "--every", "0.1"], stdout=subprocess.PIPE, text=True
     )
     try:
         assert "step 3 of 10" in read_until(process, "of 10")
-        if how == "summary":
-            (run_dir / "summary.json").write_text('{"steps": 10}')
-        else:
-            process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=120)
-        assert process.returncode == 0
-        assert ("finished" if how == "summary" else "The run goes on") in out
+        assert process.returncode == 0 and "The run goes on" in out
     finally:
         process.kill()
 
