@@ -159,7 +159,8 @@ def run(argv: list[str] | None = None, signals: StopSignals | None = None) -> di
     wanted = training.resume_from_checkpoint
     checkpoint = find_checkpoint(wanted, output) if wanted else None
     main_process = training.process_index == 0
-    options = changed_options(data, model_arguments, adapter_arguments, training)
+    changed = changed_options(data, model_arguments, adapter_arguments, training)
+    options = {name: "<hidden>" if name.endswith("_token") else value for name, value in changed.items()}
     text = yaml.safe_dump(options, sort_keys=True, allow_unicode=True)
     if main_process:
         print(f"--- configuration (what differs from the defaults)\n{text}", flush=True)

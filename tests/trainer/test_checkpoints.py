@@ -148,10 +148,13 @@ def test_a_metric_that_nobody_logs(train):
 
 
 def test_options_that_change_what_a_step_is(train, tmp_path):
-    options = dict(max_steps=1, save_strategy="steps", save_steps=1)
-    train(peak_at_step_two, **options)
+    """They must be those of the checkpoint; others may change, here to a longer run."""
+    options = dict(save_strategy="steps", save_steps=1)
+    train(peak_at_step_two, max_steps=1, **options)
     with pytest.raises(FuraError, match=r"checkpoint-1 was written with num_generations=4, but this run has .*=8"):
-        train(peak_at_step_two, **{**options, "max_steps": 2}, num_generations=8, resume="latest")
+        train(peak_at_step_two, max_steps=3, num_generations=8, resume="latest", **options)
+    trainer = train(peak_at_step_two, max_steps=3, resume="latest", **options)
+    assert [line["step"] for line in trainer.state.log_history if "loss" in line] == [1, 2, 3]
 
 
 # --- signals ----------------------------------------------------------------------------------------------------------

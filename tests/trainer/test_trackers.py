@@ -1,4 +1,4 @@
-"""TensorBoard gets what `metrics.jsonl` gets, under the same names."""
+"""TensorBoard gets what `metrics.jsonl` gets, under the same names; nobody gets a secret."""
 
 import json
 import struct
@@ -18,13 +18,20 @@ def events(path):
         at += 12 + length + 4
 
 
-def test_tensorboard_has_the_same_metrics(recipe, tmp_path, monkeypatch):
+SECRET = "hf_notToBeSeenAnywhere"
+
+
+def test_tensorboard_has_the_same_metrics_and_no_file_a_secret(recipe, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("MASTER_PORT", "0")
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump({**recipe, "max_steps": 2, "report_to": ["tensorboard"], "use_cpu": True}))
-    assert train_grpo.main(["--config", str(file)]) == 0
+    assert train_grpo.main(["--config", str(file), "--hub_token", SECRET]) == 0
+    output = capfd.readouterr()
+    assert "hub_token: <hidden>" in output.out and SECRET not in output.out + output.err
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(files) > 10 and not [path for path in files if SECRET.encode() in path.read_bytes()]
     seen = {
         (value.tag, event.step): value.simple_value
         for path in (tmp_path / "run" / "tensorboard").glob("events.*")
