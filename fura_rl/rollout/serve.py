@@ -74,5 +74,8 @@ def serve_command(
         drain_seconds=drain_seconds,
     )
     command = server_command(base, context.args, for_training=for_training, on_cpu=not torch.cuda.is_available())
+    environment = {**os.environ, **settings.to_environment()}
+    if environment.get("VLLM_LOGGING_LEVEL") == "ERROR":  # TRL sets it when it is imported, and hides the server's log
+        del environment["VLLM_LOGGING_LEVEL"]
     # The server takes this process's place, so that its signals and exit status are the server's.
-    os.execve(command[0], command, {**os.environ, **settings.to_environment()})
+    os.execve(command[0], command, environment)

@@ -14,7 +14,7 @@ from swapping import max_gap
 
 from fura_rl.rollout.client import VERSION_HEADER
 
-START_SECONDS = 240  # a bound, not a measurement: the machine may be busy
+START_SECONDS = 900  # a bound, not a measurement: the machine may be busy
 
 
 def free_port() -> int:
