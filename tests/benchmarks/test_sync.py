@@ -1,0 +1,27 @@
+"""The sync benchmark on small shapes: it runs, and what it says beside the seconds is true."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "sync.py"
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_rows_and_drift():
+    process = subprocess.run(
+        [sys.executable, SCRIPT, "--shape", "tiny", "--rounds", "2"], capture_output=True, text=True, timeout=500,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr[-3000:]
+    result = json.loads(process.stdout.strip().splitlines()[-1])
+    rows = {row["row"]: row for row in result["rows"]}
+    assert list(rows) == ["copy", "merge", "fura", "trl, fura", "trl, lora_r32"]
+    assert all(row["drift"] == 0 for name, row in rows.items() if "lora" not in name)
+    assert 0 < rows["trl, lora_r32"]["drift"] < 1e-6  # in float32; unmerging by subtraction leaves rounding behind
+    assert result["bytes"]["adapter"] < 0.1 * result["bytes"]["merged"]
