@@ -15,7 +15,7 @@ environment:
 
 demo: environment
 	@$(BIN)/python examples/tiny/problems.py --out runs/demo/data
-	@$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	@OMP_WAIT_POLICY=passive $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		fura_rl/train_grpo.py --config configs/demo.yaml
 
 # One thread a process: on small tensors two threads mostly wait for each other. A file's tests stay in one process,
