@@ -99,7 +99,7 @@ def test_a_disk_that_fills_up_ends_in_one_sentence(recipe, tmp_path):
     if mounted.returncode:
         pytest.skip("mounting a small file system needs root")
     try:
-        file = recipe(output_dir=str(disk / "run"), benchmarks=[], max_steps=40, use_vllm=False)
+        file = recipe(output_dir=str(disk / "run"), benchmarks=[], benchmark_steps=None, max_steps=40, use_vllm=False)
         metrics = disk / "run" / "metrics.jsonl"
         process = subprocess.Popen([*LAUNCH, "--config", str(file)], stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 300
