@@ -135,14 +135,25 @@ class InEngineAdapter:
                 self._write(layer, merge.blocks, with_bias=_trains_bias(layer, merge.blocks, old.blocks))
         except Exception as error:
             self._lost = True  # until the old weights are back
-            for layer in written:
-                self._write(layer, old.blocks, with_bias=_trains_bias(layer, merge.blocks, old.blocks))
+            try:
+                for layer in written:
+                    self._write(layer, old.blocks, with_bias=_trains_bias(layer, merge.blocks, old.blocks))
+            except Exception as second:
+                raise FuraError(
+                    f"The adapter could not be merged ({error}), nor the old weights put back ({second}): restart the "
+                    "engine."
+                ) from second
             self._lost = False
             raise FuraError(f"The adapter could not be merged; the old weights are back: {error}") from error
         self._undo, self.current = old, merge
 
     def rollback(self) -> None:
-        """Undoes the last commit where it succeeded: another rank's may not have."""
+        """Undoes the last commit where it succeeded: another rank's may not have.
+
+        Raises:
+            FuraError: the old weights could not be put back, now or by the commit itself.
+        """
+        self._check_alive()
         if self._undo is not None:
             self.commit(self._undo)
 

@@ -149,9 +149,9 @@ class ServerAdapters:
     async def _commit(self) -> None:
         try:
             await self._call("fura_commit")
-        except FuraError:
+        except Exception:
             self.lost = True
-            await self._call("fura_rollback")
+            await self._call("fura_rollback")  # raises if a rank has lost its weights
             self.lost = False
             raise
 

@@ -213,6 +213,16 @@ def test_unpacked_fused_weights_and_biases_are_written_in_place(biased_model, se
     assert prompt_logprobs(llm, sequences) == fresh
     assert llm.apply_model(addresses) == [before]
 
+    def fails(module, parts):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as broken:  # what was written cannot be put back either: this engine is of no more use
+        broken.setattr(vllm_names, "store_weight", fails)
+        with pytest.raises(FuraError, match="An earlier change failed and could not be undone"):
+            adapters.swap(tmp_path / "weights")
+    with pytest.raises(FuraError, match="An earlier change failed and could not be undone"):
+        adapters.off()
+
 
 def test_the_names_file_says_what_a_new_vllm_has_moved(llm, monkeypatch):
     from vllm.model_executor.layers import linear
