@@ -16,7 +16,6 @@ from peft.utils.quantization_utils import (
     resolve_quantization_backend,
 )
 from torch import nn
-from torch.distributed.tensor import DTensor, Shard
 
 from .base_weight import BaseSnapshot, adapter_device, is_transposed, reading_weight, whole
 from .basis import fit_block_size, resolve_block_size
@@ -202,31 +201,6 @@ class FuraLayer(nn.Module, BaseTunerLayer):
         if rows is not None and not select_first:
             merged = merged[rows]
         return merged.T.contiguous() if is_transposed(self.get_base_layer()) else merged
-
-    @torch.no_grad()
-    def merged_shard(self) -> DTensor | None:
-        """The merged weight in float32, sharded as FSDP2 has sharded the base weight; None if it cannot be made so.
-
-        `W M` acts row by row, so each rank merges the rows that it holds and only the small multiplier is gathered.
-        Every rank must call it.
-        """
-        base: Any = self.get_base_layer()
-        blocks = self.named_blocks(None)
-        by_rows = isinstance(base.weight, DTensor) and base.weight.placements == (Shard(0),)
-        if not by_rows or self.merged or is_transposed(base) or any(block.side == "output" for block in blocks):
-            return None
-        rows = base.weight.to_local()
-        merged = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        for block in blocks:
-            delta = block()
-            merged = block.multiply(merged, delta) if len(merged) else merged
-        return DTensor.from_local(
-            merged,
-            base.weight.device_mesh,
-            base.weight.placements,
-            shape=base.weight.shape,
-            stride=base.weight.stride(),
-        )
 
     @torch.no_grad()
     def merged_bias(self, adapter_names: list[str] | None = None) -> torch.Tensor | None:

@@ -14,10 +14,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from fura_rl.adapter import FuraLayer
-from fura_rl.adapter.base_weight import reading_weight, whole
+from fura_rl.adapter.base_weight import is_transposed, reading_weight, whole
 from fura_rl.errors import FuraError
 
 Gather = AbstractContextManager  # of a ZeRO-3 partitioned parameter
@@ -120,13 +120,34 @@ def _merged_layer(
         merged_bias = layer.merged_bias()
         # A quantised weight has an integer dtype: the layer computes in, and the engine gets, the float one.
         own = base.weight.dtype if base.weight.dtype.is_floating_point else torch.get_default_dtype()
-        shard = layer.merged_shard()  # cast before it is gathered: half the bytes in bf16
+        shard = merged_shard(layer)  # cast before it is gathered: half the bytes in bf16
         weight = whole(cast(layer.merged_weight() if shard is None else shard, dtype or own, rounding))
         del shard
         yield checkpoint_name(f"{prefix}base_layer.weight"), weight
         del weight
         if merged_bias is not None:
             yield checkpoint_name(f"{prefix}base_layer.bias"), merged_bias.to(dtype or base.bias.dtype)
+
+
+def merged_shard(layer: FuraLayer) -> DTensor | None:
+    """The merged weight in float32, sharded as FSDP2 has sharded the base weight; None if it cannot be made so.
+
+    `W M` acts row by row, so each rank merges the rows that it holds and only the small multiplier is gathered. Every
+    rank must call it.
+    """
+    base: Any = layer.get_base_layer()
+    blocks = layer.named_blocks(None)
+    by_rows = isinstance(base.weight, DTensor) and base.weight.placements == (Shard(0),)
+    if not by_rows or layer.merged or is_transposed(base) or any(block.side == "output" for block in blocks):
+        return None
+    rows = base.weight.to_local()
+    merged = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    for block in blocks:
+        delta = block()
+        merged = block.multiply(merged, delta) if len(merged) else merged
+    return DTensor.from_local(
+        merged, base.weight.device_mesh, base.weight.placements, shape=base.weight.shape, stride=base.weight.stride()
+    )
 
 
 def merged_by_peft(
