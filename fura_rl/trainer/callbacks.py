@@ -56,6 +56,10 @@ class StopCallback(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
 
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.signals.deferred:  # an evaluation within training, after its step's end
+            self.on_step_end(args, state, control)
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
