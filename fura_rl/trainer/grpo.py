@@ -181,7 +181,7 @@ class FuraGRPOTrainer(ResumableGRPOTrainer):
         limit = self.args.max_logp_gap
         if limit is not None and worst > limit:
             raise FuraError(
-                f"Engine and trainer disagree: mean |log-prob difference| {worst:.3f} is above max_logp_gap={limit} at "
+                f"Engine and trainer disagree: mean |log-prob difference| {worst:.2e} is above max_logp_gap={limit} at "
                 f"step {self.state.global_step}. Likely causes: a different dtype in the engine (vllm_engine_kwargs), "
                 "a sync that did not reach it, or dropout in the trainer."
             )
