@@ -100,6 +100,12 @@ class ResumableGRPOTrainer(GRPOTrainer):
         self._buffered_inputs = None
         self._last_loaded_step = -1
 
+    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        if self.args.device.type != "cpu":
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        with patch.object(type(self.args), "device", torch.device("cpu")):  # torch cannot load to "cpu:0", as of ranks
+            super()._load_optimizer_and_scheduler(checkpoint)
+
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         sampler = super()._get_train_sampler(dataset)
         if self.shuffle_dataset:
