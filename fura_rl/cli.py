@@ -16,6 +16,7 @@ from fura_rl.merge import merge_command
 from fura_rl.rewards.audit import audit_command
 from fura_rl.rollout.client import swap_command
 from fura_rl.rollout.serve import serve_command
+from fura_rl.trainer.plan import plan_command
 from fura_rl.trainer.report_page import report_command
 from fura_rl.trainer.sweep import sweep_command
 from fura_rl.trainer.watch import watch_command
@@ -23,6 +24,7 @@ from fura_rl.trainer.watch import watch_command
 # What `fura-rl` alone shows, in the order in which one needs them.
 COMMANDS = {
     "doctor": ("Check the installation", "fura-rl doctor"),
+    "plan": ("See whether a recipe fits a GPU", "fura-rl plan --config demo.yaml --gpu-memory 80"),
     "train": ("GRPO from a recipe", "fura-rl train --config demo.yaml"),
     "sweep": ("Compare methods over learning rates and seeds", "fura-rl sweep configs/sweeps/arithmetic.yaml"),
     "watch": ("Follow a run in the terminal", "fura-rl watch runs/demo"),
@@ -63,6 +65,7 @@ app.command("audit")(audit_command)
 app.command("report")(report_command)
 app.command("watch")(watch_command)
 app.command("sweep")(sweep_command)
+app.command("plan", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(plan_command)
 app.command("merge")(merge_command)
 app.command("swap")(swap_command)
 app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve_command)
