@@ -4,8 +4,7 @@ import multiprocessing
 
 import pytest
 import yaml
-
-from runs import Run
+from training_runs import Run
 
 
 @pytest.fixture(scope="session")
