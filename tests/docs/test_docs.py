@@ -19,7 +19,6 @@ from fura_rl.cli import app
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-ELSEWHERE = ("README.md", "serving.md", "surviving.md", "performance.md")  # their commands are run by other tests
 COMMANDS = typer.main.get_command(app).commands
 PROGRAMS = ("fura-rl", "accelerate", "make", "pip", "mkdocs", "python", "vllm", "curl", "kill")
 
@@ -87,11 +86,8 @@ def workplace(tmp_path_factory, tiny_run, tiny_problems):
     return place
 
 
-OWN = [page for page in PAGES if page.name not in ELSEWHERE]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("page, words, needs", [c for c in commands(OWN) if not c.values[2]])
+@pytest.mark.parametrize("page, words, needs", [c for c in commands(PAGES) if not c.values[2]])
 def test_a_command_that_needs_nothing_runs(page, words, needs, workplace, monkeypatch):
     assert words[0] == "fura-rl", f"{page}: say what {words} needs, or teach this test to run it"
     monkeypatch.chdir(workplace)
@@ -103,8 +99,9 @@ def test_a_command_that_needs_nothing_runs(page, words, needs, workplace, monkey
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in OWN if blocks(page, "python")], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [page for page in PAGES[1:] if blocks(page, "python")], ids=lambda page: page.stem)
 def test_the_python_of_a_page_runs(page, workplace, monkeypatch):
+    """The README's loads models from the hub; the test below reads it."""
     monkeypatch.chdir(workplace)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     code = "\n".join(blocks(page, "python"))
