@@ -87,13 +87,14 @@ def _is_alive(pid: int) -> bool:
 def frame(run: Run) -> Group:
     """One picture of the run."""
     done = run.steps[-1]["step"] if run.steps else 0
-    head = Text.assemble((str(run.path), "bold"), f"   step {done} of {run.facts.get('max_steps', '?')}")
+    title = Text(str(run.path), style="bold", no_wrap=True, overflow="ellipsis")
+    head = Text(f"step {done} of {run.facts.get('max_steps', '?')}")
     end, left = ended(run), seconds_left(run)
     if end is not None:
         head.append(f"   {end}", style="bold")
     elif left is not None:
         head.append(f"   {timedelta(seconds=round(left))} left")
-    return Group(head, *(table for table in (_metrics(run), _accuracy(run), _phases(run)) if table.row_count))
+    return Group(title, head, *(table for table in (_metrics(run), _accuracy(run), _phases(run)) if table.row_count))
 
 
 def _metrics(run: Run) -> Table:
