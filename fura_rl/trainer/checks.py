@@ -84,6 +84,14 @@ def check_contradictions(training: FuraGRPOConfig) -> None:
         raise FuraError(
             f"max_completion_length={completion} leaves no room for a prompt in vllm_max_model_length={context}."
         )
+    colocated = training.use_vllm and training.vllm_mode == "colocate"
+    if colocated and training.world_size % training.vllm_tensor_parallel_size:
+        raise FuraError(
+            f"vllm_tensor_parallel_size={training.vllm_tensor_parallel_size} does not divide the number of processes, "
+            f"{training.world_size}."
+        )
+    if colocated and training.vllm_enable_sleep_mode and training.device.type == "cpu":
+        raise FuraError("vllm_enable_sleep_mode needs a GPU, and this run has none.")
     if training.benchmark_steps is not None and not training.benchmarks:
         raise FuraError("benchmark_steps is set, but there are no benchmarks to evaluate.")
     if training.benchmark_steps is not None and training.benchmark_steps < 1:

@@ -77,6 +77,20 @@ def test_command_line(fails, arguments, sentence):
             {"metric_for_best_model": "eval_a_accuracy", "benchmark_steps": None},
             "metric_for_best_model=eval_a_accuracy",
         ),
+        # no GPU, or too few
+        (
+            {"use_vllm": True, "vllm_enable_sleep_mode": True},
+            "vllm_enable_sleep_mode needs a GPU, and this run has none.",
+        ),
+        (
+            {"use_vllm": True, "vllm_tensor_parallel_size": 2},
+            "vllm_tensor_parallel_size=2 does not divide the number of processes, 1.",
+        ),
+        pytest.param(
+            {"use_cpu": False, "bf16": True},
+            "Configuration: Your setup doesn't support bf16/gpu.",
+            marks=pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine has a GPU"),
+        ),
         # too much, too little
         ({"per_device_train_batch_size": 64}, "16 problem(s) are too few: one generation takes 64 different ones"),
         ({"per_device_train_batch_size": 16, "num_generations": 2}, "16 problem(s) are too few"),
