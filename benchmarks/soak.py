@@ -72,6 +72,8 @@ def sample(pid: int) -> dict[str, Any] | None:
     try:
         command = folder.joinpath("cmdline").read_bytes().replace(b"\0", b" ").decode()
         resident = int(folder.joinpath("statm").read_text().split()[1]) * PAGE_MIB
+        if not command.strip():  # it has ended, and its parent has not asked for its status yet
+            return None
         threads = len(list(folder.joinpath("task").iterdir()))
         return {"command": command, "mib": resident, "files": len(os.listdir(folder / "fd")), "threads": threads}
     except (FileNotFoundError, ProcessLookupError, PermissionError):
