@@ -40,18 +40,6 @@ def _limit_resources(memory_mib: int) -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _is_bloated(memory_mib: int) -> bool:
-    """Whether a request has taken so much memory that the next ones would run into the limit.
-
-    Not `ru_maxrss`: across `fork` and `exec` that keeps the peak of the parent, a trainer of many gigabytes.
-    """
-    if sys.platform != "linux":
-        return False
-    status = Path("/proc/self/status").read_text()
-    peak_kib = int(status.partition("VmHWM:")[2].split()[0])
-    return peak_kib > memory_mib * 1024 // 2
-
-
 def _read(stream: int, size: int, parent: int) -> bytes:
     """Exactly `size` bytes; exits when the parent has closed the pipe or died (a forked sibling may keep it open)."""
     data = b""
@@ -89,6 +77,7 @@ def main() -> None:
     package.__path__ = [str(Path(__file__).parent)]
     sys.modules["_verifier"] = package
     algebra = importlib.import_module("_verifier.algebra")
+    memory = importlib.import_module("_verifier.memory")
 
     for gold, answer in ((r"\frac{2 x}{4}", "0.5 x"), ("x^2-1", "(x+1)(x-1)"), (r"\sqrt{8}", r"2\sqrt{2}")):
         algebra.equal(gold, answer, 6)  # first use builds tables and imports: no deadline runs yet
@@ -103,7 +92,7 @@ def main() -> None:
         except Exception as error:
             reply = {"error": type(error).__name__}
         signal.setitimer(signal.ITIMER_REAL, 0)
-        if _is_bloated(memory_mib):
+        if sys.platform == "linux" and memory.peak_mib() > memory_mib / 2:  # the next request would run into the limit
             reply["retire"] = True
         _write(replies, reply)
 

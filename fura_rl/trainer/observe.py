@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import socket
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +23,7 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
 from fura_rl.adapter import FuraLayer
+from fura_rl.rewards.memory import peak_mib
 from fura_rl.trainer.report import versions, write_summary
 from fura_rl.trainer.report_page import RUN_FACTS, write_report
 
@@ -120,8 +119,7 @@ class ObserverCallback(TrainerCallback):
 
 def memory() -> dict[str, float]:
     """Peaks since the start of the process, and what the GPU holds now, in GiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    found = {"memory/process_peak_gib": round(peak / 2**30, 3)}
+    found = {"memory/process_peak_gib": round(peak_mib() / 1024, 3)}
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         found["memory/gpu_used_gib"] = round((total - free) / 2**30, 3)  # every process on it, the engine's too

@@ -201,17 +201,18 @@ def plot_sweep(runs: list[SweepRun], rows: list[dict[str, Any]], path: Path) -> 
     """Held-out accuracy over steps at each method's best setting, every seed; and over learning rates."""
     from matplotlib.figure import Figure
 
+    curves = {run.folder: run.curve() for run in runs}
     figure = Figure(figsize=(11, 4), layout="constrained")
     over_steps, over_rates = figure.subplots(1, 2)
     for index, row in enumerate(rows):
         colour, label = f"C{index}", row["method"]
         for run in runs:
-            if (run.method, run.setting) == (row["method"], row["setting"]) and (curve := run.curve()):
+            if (run.method, run.setting) == (row["method"], row["setting"]) and (curve := curves[run.folder]):
                 over_steps.plot(*zip(*curve, strict=True), color=colour, alpha=0.7, label=label)
                 label = None
         points: dict[float, list[float]] = defaultdict(list)
         for run in runs:
-            if run.method == row["method"] and (curve := run.curve()):
+            if run.method == row["method"] and (curve := curves[run.folder]):
                 points[float(run.options.get("learning_rate", 1e-6))].append(curve[-1][1])
         rates = sorted(points)
         over_rates.plot(rates, [fmean(points[rate]) for rate in rates], "o-", color=colour, label=row["method"])

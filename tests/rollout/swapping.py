@@ -32,7 +32,7 @@ def prompt_logprobs(llm, sequences) -> list[list[float]]:
 
     outputs = llm.generate(
         [{"prompt_token_ids": ids} for ids in sequences],
-        SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0),
+        SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0),
         use_tqdm=False,
     )
     return [

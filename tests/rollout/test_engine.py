@@ -7,26 +7,12 @@ import json
 import pytest
 import torch
 from datasets import Dataset
+from swapping import prompt_logprobs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fura_rl.trainer import FuraGRPOConfig, FuraGRPOTrainer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
-
-
-def engine_logprobs(llm, sequences):
-    """Log-probs (natural, float) of tokens 1.. of each sequence, as the engine computes them for a prompt."""
-    from vllm import SamplingParams
-
-    outputs = llm.generate(
-        [{"prompt_token_ids": ids} for ids in sequences],
-        SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0),
-        use_tqdm=False,
-    )
-    return [
-        [entry[token].logprob for token, entry in zip(ids[1:], out.prompt_logprobs[1:], strict=True)]
-        for ids, out in zip(sequences, outputs, strict=True)
-    ]
 
 
 def reference_logprobs(policy, sequences):
@@ -78,7 +64,7 @@ def test_engine_equals_merged_model_after_random_updates(trainer):
                 parameter.copy_(torch.randn_like(parameter) * 0.02)
         trainer.vllm_generation.sync_weights()
         assert trainer.vllm_generation.version == version
-        engine = engine_logprobs(trainer.vllm_generation.llm, sequences)
+        engine = prompt_logprobs(trainer.vllm_generation.llm, sequences)
         reference = reference_logprobs(policy, sequences)
         for ours, theirs in zip(engine, reference, strict=True):
             torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=0, atol=2e-4)

@@ -7,9 +7,9 @@ from typer.testing import CliRunner
 
 from fura_rl.cli import app
 from fura_rl.errors import FuraError
+from fura_rl.plan import GIB, ModelSizes, activation_bytes, largest_batch, network_bytes
 from fura_rl.trainer.arguments import AdapterArguments
 from fura_rl.trainer.methods import adapter_config
-from fura_rl.trainer.plan import GIB, ModelSizes, activation_bytes, largest_batch, network_bytes
 
 QWEN3_1_7B_LAYERS = ModelSizes(  # without embedding and head, as measured
     weights=1_409_426_432, trained=39_051_264, basis=39_051_264, layers=28, hidden=2048, intermediate=6144, query=2048,

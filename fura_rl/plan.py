@@ -2,7 +2,7 @@
 
 Weights, adapter and optimiser are counted on a model without storage. Activations are what transformers' Llama-like
 layers save for the backward pass under bf16 autocast with a frozen base (design of the adapter: only the input of each
-adapted product comes on top). `tests/trainer/test_plan.py` compares them with measured peaks. Logits and the engine's
+adapted product comes on top). `tests/test_plan.py` compares them with measured peaks. Logits and the engine's
 overhead are estimates that no measurement has been compared with yet; the table says so.
 """
 
