@@ -1,9 +1,10 @@
 r"""One training step, side by side: FuRA, its published form, LoRA, DoRA, OFT, full fine-tuning, and the floor.
 
-    python benchmarks/train_step.py [--layers 28] [--tokens 16384] [--checkpointing] [--compile] [--rows lora_r32 fura]
+    python benchmarks/train_step.py [--shape qwen3-1.7b] [--layers 28] [--tokens 16384] [--checkpointing] [--compile]
+        [--rows lora_r32 fura]
 
-Qwen3-1.7B's decoder layers with random weights in bf16, under bf16 autocast as trainers run it; without embedding and
-output head, which no method touches. A step is forward, backward and AdamW (fused) on `--tokens` tokens in sequences of
+Decoder layers of Qwen3 in the shape of a model, with random weights in bf16, under bf16 autocast as trainers run it;
+without embedding and output head, which no method touches. A step is forward, backward and AdamW (fused) on `--tokens` tokens in sequences of
 `--sequence`. All seven projections of a layer are adapted.
 
 - `floor`: the frozen model forward and backward to its input. No adapter can be faster.
@@ -40,7 +41,14 @@ from fura_rl.adapter import FuraConfig, transform
 from fura_rl.adapter.basis import closest_block_size
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-QWEN3_1_7B = dict(hidden_size=2048, intermediate_size=6144, num_attention_heads=16, num_key_value_heads=8, head_dim=128)
+SHAPES = {
+    "qwen3-1.7b": dict(
+        hidden_size=2048, intermediate_size=6144, num_attention_heads=16, num_key_value_heads=8, head_dim=128
+    ),
+    "qwen2.5-7b": dict(
+        hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_key_value_heads=4, head_dim=128
+    ),
+}
 TINY = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
 
 
@@ -117,7 +125,7 @@ class Bench:
         self.args = args
         self.device = torch.device("cpu" if args.tiny else "cuda")
         self.dtype = torch.bfloat16
-        shape = TINY if args.tiny else QWEN3_1_7B
+        shape = TINY if args.tiny else SHAPES[args.shape]
         config = Qwen3Config(
             **shape, num_hidden_layers=args.layers, vocab_size=8, max_position_embeddings=args.sequence
         )
@@ -265,6 +273,7 @@ def table(results: list[dict], title: str) -> Table:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-1.7b", help="whose decoder layers")
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--tokens", type=int, default=16384, help="tokens a step")
     parser.add_argument("--sequence", type=int, default=2048, help="tokens a sequence")
@@ -289,7 +298,7 @@ def main() -> None:
     bench = Bench(args)
     results = summary(bench, bench.run())
     device = torch.cuda.get_device_name() if bench.device.type == "cuda" else "CPU"
-    title = f"{args.layers} layers, {args.tokens:,} tokens in sequences of {args.sequence:,}, {device}"
+    title = f"{'tiny' if args.tiny else args.shape}, {args.layers} layers, {args.tokens:,} tokens in sequences of {args.sequence:,}, {device}"
     title += ", checkpointing" * args.checkpointing + ", compiled" * args.compile
     Console(width=120).print(table(results, title))
     print(json.dumps(dict(title=title, command=shlex.join(sys.argv), date=time.strftime("%Y-%m-%d"), rows=results)))

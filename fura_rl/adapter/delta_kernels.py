@@ -153,11 +153,17 @@ def _grid_and_constants(tensors: Tensors, merged: bool, transposed: bool) -> tup
     return (n, -(-b // TILE), 1), (n, b, padded(b), TILE, has_scale, sigma is not None, merged, transposed)
 
 
-def run_delta(tensors: Tensors, merged: bool, transposed: bool, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """`D` (n, b, b), computed in float32."""
+def run_delta(
+    tensors: Tensors,
+    merged: bool,
+    transposed: bool,
+    dtype: torch.dtype = torch.float32,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`D` (n, b, b), computed in float32; written to `out` (contiguous, of any dtype) if given."""
     tensors = _contiguous(tensors)
     core = tensors[2]
-    delta = torch.empty(core.shape, dtype=dtype, device=core.device)
+    delta = torch.empty(core.shape, dtype=dtype, device=core.device) if out is None else out
     grid, constants = _grid_and_constants(tensors, merged, transposed)
     delta_kernel(grid, (*tensors, delta), *constants, num_warps=8)
     return delta
@@ -180,7 +186,8 @@ TRAINED = "Tensor basis, Tensor? sigma, Tensor core, Tensor? scale, bool merged,
 torch.library.define("fura::block_multiply", f"(Tensor x, {TRAINED}) -> (Tensor y, Tensor delta)")
 torch.library.define(
     "fura::block_multiply_backward",
-    f"(Tensor g, Tensor x, Tensor delta, {TRAINED}, bool with_dx) -> (Tensor dx, Tensor d_core, Tensor d_scale)",
+    f"(Tensor g, Tensor x, Tensor? other, Tensor delta, {TRAINED}, bool with_dx) "
+    "-> (Tensor dx, Tensor d_core, Tensor d_scale)",
 )
 block_multiply = torch.ops.fura.block_multiply.default
 block_multiply_backward = torch.ops.fura.block_multiply_backward.default
@@ -193,8 +200,8 @@ def _(x, basis, sigma, core, scale, merged, transposed):
 
 
 @torch.library.impl("fura::block_multiply_backward", ("cpu", "cuda"))
-def _(g, x, delta, basis, sigma, core, scale, merged, transposed, with_dx):
-    dx, d_delta = run_gradient(g, x, delta, with_dx)
+def _(g, x, other, delta, basis, sigma, core, scale, merged, transposed, with_dx):
+    dx, d_delta = run_gradient(g, x, delta, with_dx, other=other)
     return dx, *run_delta_gradient(d_delta, (basis, sigma, core, scale), merged, transposed)
 
 
@@ -204,7 +211,7 @@ def _(x, basis, sigma, core, scale, merged, transposed):
 
 
 @torch.library.register_fake("fura::block_multiply_backward")
-def _(g, x, delta, basis, sigma, core, scale, merged, transposed, with_dx):
+def _(g, x, other, delta, basis, sigma, core, scale, merged, transposed, with_dx):
     dx = g.new_empty(x.shape if with_dx else (0, x.shape[-1]))
     return dx, core.new_empty(core.shape), core.new_empty(0 if scale is None else scale.shape)
 
@@ -214,21 +221,22 @@ class BlockMultiply(torch.autograd.Function):
     through the schema of the many arguments."""
 
     @staticmethod
-    def forward(ctx: Any, x, basis, sigma, core, scale, merged, transposed) -> torch.Tensor:
+    def forward(ctx: Any, x, factors, basis, sigma, core, scale, merged, transposed) -> torch.Tensor:
+        """`factors`: two tensors whose product is `x` and that are kept anyway, to be saved in its place; or None."""
         y, delta = block_multiply(x, basis, sigma, core, scale, merged, transposed)
         ctx.merged, ctx.transposed = merged, transposed
-        ctx.trained = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
-        ctx.save_for_backward(delta, *((x, basis, sigma, core, scale) if ctx.trained else ()))
+        ctx.trained = ctx.needs_input_grad[4] or ctx.needs_input_grad[5]
+        ctx.save_for_backward(delta, *((*(factors or (x, None)), basis, sigma, core, scale) if ctx.trained else ()))
         return y
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> tuple:
         delta, *saved = ctx.saved_tensors
         if not ctx.trained:
-            return block_transform(g, delta.mT), None, None, None, None, None, None
-        x, basis, sigma, core, scale = saved
+            return block_transform(g, delta.mT), *[None] * 7
+        x, other, basis, sigma, core, scale = saved
         need_dx = ctx.needs_input_grad[0]
         dx, d_core, d_scale = block_multiply_backward(
-            g, x, delta, basis, sigma, core, scale, ctx.merged, ctx.transposed, need_dx
+            g, x, other, delta, basis, sigma, core, scale, ctx.merged, ctx.transposed, need_dx
         )
-        return dx if need_dx else None, None, None, d_core, None if scale is None else d_scale, None, None
+        return dx if need_dx else None, None, None, None, d_core, None if scale is None else d_scale, None, None

@@ -74,6 +74,7 @@ def _transform_kernel(
 def _gradient_kernel(
     g_ptr,
     x_ptr,
+    other_ptr,
     delta_ptr,
     dx_ptr,
     share_ptr,
@@ -90,9 +91,13 @@ def _gradient_kernel(
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
     WITH_DX: tl.constexpr,
+    PRODUCT: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """One share of `dD = g^T x` for one tile of one block; with WITH_DX (one tile a block) also `dx = g + g D`."""
+    """One share of `dD = g^T x` for one tile of one block; with WITH_DX (one tile a block) also `dx = g + g D`.
+
+    With PRODUCT the layer's input is `x * other`, which is multiplied and rounded here as it was in the forward pass.
+    """
     block = tl.program_id(0) % num_blocks
     tile = tl.program_id(0) // num_blocks
     tiles: tl.constexpr = (b + TILE - 1) // TILE
@@ -109,12 +114,17 @@ def _gradient_kernel(
         dx_ptr += block * b
     g_ptr += block * b
     x_ptr += block * b
+    if PRODUCT:
+        other_ptr += block * b
     sum_oi = tl.zeros((TILE, TILE), tl.float32)
     for first in tl.range(tl.program_id(1) * ROWS, num_rows, tl.num_programs(1) * ROWS, num_stages=STAGES):
         row = (first + r).to(tl.int64)[:, None]
         in_rows = (first + r < num_rows)[:, None]
         g_ro = tl.load(g_ptr + row * g_stride + o[None, :], in_rows & (o < b)[None, :], 0.0)
         x_ri = tl.load(x_ptr + row * x_stride + i[None, :], in_rows & (i < b)[None, :], 0.0)
+        if PRODUCT:
+            other_ri = tl.load(other_ptr + row * x_stride + i[None, :], in_rows & (i < b)[None, :], 0.0)
+            x_ri = (x_ri.to(tl.float32) * other_ri.to(tl.float32)).to(x_ptr.dtype.element_ty)
         if WITH_DX:
             dx_ri = g_ro.to(tl.float32) + _dot(g_ro, delta_oi, INTERPRETED)
             dx_rows = dx_ptr + row * dx_stride + i[None, :]
@@ -225,25 +235,34 @@ def run_transform(x: torch.Tensor, delta: torch.Tensor, launch: Launch | None = 
 
 
 def run_gradient(
-    g: torch.Tensor, x: torch.Tensor, delta: torch.Tensor, with_dx: bool, launch: Launch | None = None
+    g: torch.Tensor,
+    x: torch.Tensor,
+    delta: torch.Tensor,
+    with_dx: bool,
+    launch: Launch | None = None,
+    other: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`dx` (empty without `with_dx`) and `dD` (n, b, b) in float32."""
+    """`dx` (empty without `with_dx`) and `dD` (n, b, b) in float32. With `other` the layer's input was `x * other`."""
     n, b, _ = delta.shape
     launch = launch or gradient_launch(b, x.dtype)
     if with_dx and b > launch.tile:
-        return run_transform(g, delta.mT), run_gradient(g, x, delta, False, launch)[1]
+        return run_transform(g, delta.mT), run_gradient(g, x, delta, False, launch, other)[1]
     dx = torch.empty(x.shape if with_dx else (0, n * b), dtype=g.dtype, device=g.device)
     num_rows = x.numel() // (n * b)
     if num_rows == 0:
         return dx, torch.zeros(n, b, b, dtype=torch.float32, device=x.device)
     g, g_stride = evenly_spaced(g, n * b)
     x, x_stride = evenly_spaced(x, n * b)
+    if other is not None:
+        other, other_stride = evenly_spaced(other, n * b)
+        if other_stride != x_stride:
+            x, other, x_stride = x.contiguous(), other.contiguous(), n * b
     programs = n * (-(-b // launch.tile)) ** 2
     shares = launch.shares(num_rows, programs, x.device)
     shares_snbb = torch.empty(shares, n, b, b, dtype=torch.float32, device=x.device)
     gradient_kernel(
         (programs, shares, 1),
-        (g, x, delta, dx, shares_snbb),
+        (g, x, other, delta, dx, shares_snbb),
         num_rows,
         g_stride,
         x_stride,
@@ -255,6 +274,7 @@ def run_gradient(
         launch.rows,
         launch.stages,
         with_dx,
+        other is not None,
         INTERPRETED,
         num_warps=launch.warps,
     )

@@ -22,6 +22,7 @@ from .basis import fit_block_size, resolve_block_size
 from .blocks import FuraBlocks
 from .config import FuraConfig
 from .fingerprint import sample_entries
+from .shared_input import SharedInput
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class FuraLayer(nn.Module, BaseTunerLayer):
         self.block_size: dict[str, int] = {}
         self.merged_adapters: list[str] = []
         self._snapshot: BaseSnapshot | None = None  # of the unmerged base layer, while adapters are merged
+        self.shared_input: SharedInput | None = None  # of layers that read the same tensor, if there are any
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, block_rule=block_rule, head_dim=head_dim)
@@ -279,11 +281,12 @@ class FuraLayer(nn.Module, BaseTunerLayer):
             self.unmerge()
         if self.disable_adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)
-        device = x.device.type
+        source, device = x, x.device.type
         if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))  # the base layer would do it; so M acts on what W sees
         if rows_of is None:
-            x = self._multiply_input(x, None)
+            shared = None if self.shared_input is None else self.shared_input.multiply(self, x, source)
+            x = self._multiply_input(x, None) if shared is None else shared
             return self._multiply_output(self.base_layer(x, *args, **kwargs), None)
         for name, rows in rows_of.items():
             x = x.index_copy(0, rows, self._multiply_input(x[rows], [name]))

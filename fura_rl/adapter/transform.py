@@ -11,7 +11,9 @@ Shapes: n blocks, b block size, K = n * b features of the adapted side, `*` any 
 """
 
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -24,14 +26,17 @@ if kernel_choice not in CHOICES:
 # Importing Triton takes a second, so only where it can be of use. "triton" on a CPU is for Triton's interpreter.
 HAVE_KERNELS = find_spec("triton") is not None and (torch.version.cuda is not None or kernel_choice == "triton")
 if HAVE_KERNELS:
-    from . import delta_kernels, kernels
+    from . import delta_kernels, kernels, shared_kernels
+
+
+def have_kernels(x: torch.Tensor) -> bool:
+    """Whether there are kernels at all where `x` lies."""
+    return HAVE_KERNELS and kernel_choice != "torch" and (x.is_cuda or kernel_choice == "triton")
 
 
 def use_kernels(x: torch.Tensor, block_size: int) -> bool:
     """Whether `x` is multiplied by blocks of this size through the kernels."""
-    if not HAVE_KERNELS or kernel_choice == "torch" or not (x.is_cuda or kernel_choice == "triton"):
-        return False
-    return kernels.supports(block_size, x.dtype, x.device)
+    return have_kernels(x) and kernels.supports(block_size, x.dtype, x.device)
 
 
 def block_delta(
@@ -112,7 +117,38 @@ def block_multiply(
         transposed: of the output side, whose core and multiplier are the transposes of the input side's.
     """
     scale_nb = None if merged else scale_nb
-    return delta_kernels.BlockMultiply.apply(x, basis_nbb, sigma_nb, core_nbb, scale_nb, merged, transposed)
+    factors = product_factors(x)
+    return delta_kernels.BlockMultiply.apply(x, factors, basis_nbb, sigma_nb, core_nbb, scale_nb, merged, transposed)
+
+
+def can_share(x: torch.Tensor, block_size: int) -> bool:
+    """Whether `shared_multiply` takes `x` and blocks of this size."""
+    return use_kernels(x, block_size) and block_size <= shared_kernels.LARGEST_BLOCK
+
+
+def shared_multiply(x: torch.Tensor, adapters: Sequence[Any]) -> tuple[torch.Tensor, ...]:
+    """`block_multiply` of one `x` by two or three adapters (`FuraBlocks` of one geometry), in one pass over `x`."""
+    merged = adapters[0].singular_values == "merged"
+    flat = [t for a in adapters for t in (a.basis, a.sigma, a.core, None if merged else a.scale)]
+    return shared_kernels.SharedMultiply.apply(x, merged, *flat)
+
+
+def product_factors(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Two tensors whose product is `x`, if autograd keeps both for that product's own gradient; None otherwise.
+
+    The last projection of a gated MLP reads `act(gate) * up`. Both factors stay in memory until the backward pass, and
+    multiplying them again there costs less than keeping the widest activation of a layer. Nothing is assumed about the
+    model: autograd's record of how `x` was made says it. Not under hooks that replace saved tensors (activation
+    checkpointing, offloading): looking would compute or fetch them.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.grad_fn is None:
+        return None
+    if x.grad_fn.name() != "MulBackward0" or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        return None
+    factors = x.grad_fn._saved_self, x.grad_fn._saved_other  # type: ignore[attr-defined]
+    if any(f is None or f.shape != x.shape or f.dtype != x.dtype or f.device != x.device for f in factors):
+        return None
+    return factors[0].detach(), factors[1].detach()
 
 
 def merge_input_side(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:

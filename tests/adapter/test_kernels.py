@@ -10,18 +10,21 @@ import sys
 
 import pytest
 import torch
+from kernel_cases import (
+    DEVICES,
+    DTYPES,
+    INTERPRETED,
+    ROUNDING,
+    inputs,
+    kernels,
+    reference,
+    relative_error,
+    run_in_interpreter,
+)
 from tiny_nets import adapted_llama, tokens
 
 from fura_rl.adapter import transform
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-DEVICES = (["cpu"] if INTERPRETED else []) + [pytest.param("cuda", marks=[pytest.mark.gpu, no_cuda])]
-kernels = pytest.mark.parametrize("device", DEVICES)
-
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-# of a sum in float32 rounded once; the interpreter truncates to bf16, D too
-ROUNDING = {torch.bfloat16: 2.0**-6 if INTERPRETED else 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-20}
 # (n, b): powers of two, the sizes of real models that are none, blocks of several tiles, the smallest
 BLOCKS = [(2, 64), (2, 96), (1, 76), (1, 148), (3, 32), (2, 16), (5, 3), (1, 1)]
 SIDES = ["input", "output"]
@@ -31,11 +34,7 @@ FORMS = ["trainable", "frozen", "merged", "no sigma"]
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
 def test_kernels_in_the_interpreter():
-    environment = dict(os.environ, TRITON_INTERPRET="1", FURA_KERNELS="triton", CUDA_VISIBLE_DEVICES="")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", __file__]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
+    run_in_interpreter(__file__)
 
 
 @pytest.fixture(autouse=True)
@@ -45,31 +44,6 @@ def poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
-    """Of the whole tensor; NaN if any element is."""
-    assert out.shape == reference.shape
-    if reference.numel() == 0:
-        return 0.0
-    return float((out.detach().double().cpu() - reference).norm() / reference.norm())
-
-
-def inputs(device, dtype, n, b, rows, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, n * b, generator=generator).to(device, dtype)
-    g = torch.randn(rows, n * b, generator=generator).to(device, dtype)
-    delta = torch.randn(n, b, b, generator=generator).to(device) / b**0.5
-    return x, g, delta
-
-
-def reference(x, g, delta, dtype):
-    """y, dx and dD in float64 on the CPU, of the values that the kernel multiplies: D rounded to the dtype of x."""
-    x, delta = x.detach().double().cpu(), delta.detach().to(dtype).double().cpu()
-    x.requires_grad_(), delta.requires_grad_()
-    y = x + x @ torch.block_diag(*delta).T
-    dx, d_delta = torch.autograd.grad(y, (x, delta), g.double().cpu())
-    return y.detach(), dx, d_delta
 
 
 def check(x, g, delta):
@@ -290,7 +264,7 @@ def test_operators_are_registered_as_pytorch_wants_them(device):
     basis, sigma, core, scale = trained_tensors(device, 2, 16, "trainable")
     torch.library.opcheck(block_multiply, (x, basis, sigma, core, scale, False, False))
     torch.library.opcheck(block_multiply, (x, basis, None, core, None, True, True))
-    torch.library.opcheck(block_multiply_backward, (g, x, delta, basis, sigma, core, scale, False, True, True))
+    torch.library.opcheck(block_multiply_backward, (g, x, None, delta, basis, sigma, core, scale, False, True, True))
 
 
 @kernels

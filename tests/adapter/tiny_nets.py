@@ -9,10 +9,11 @@ from fura_rl.adapter import FuraConfig, FuraLayer
 
 
 def tiny_llama(dtype: torch.dtype = torch.float32, seed: int = 0, **changes) -> LlamaForCausalLM:
-    """A random Llama of 2 layers, with logits of order 1."""
+    """A random Llama, of 2 layers unless told otherwise, with logits of order 1."""
     sizes = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, vocab_size=64)
+    sizes |= dict(num_hidden_layers=2, max_position_embeddings=64)
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**{**sizes, "num_hidden_layers": 2, "max_position_embeddings": 64, **changes}))
+    model = LlamaForCausalLM(LlamaConfig(**{**sizes, **changes}))
     for parameter in model.parameters():
         if parameter.ndim == 2:
             nn.init.normal_(parameter, std=0.2)
@@ -32,8 +33,10 @@ def perturb(model: nn.Module, size: float = 0.05, seed: int = 2) -> None:
                 parameter.add_(size * torch.randn(parameter.shape, generator=generator).to(parameter))
 
 
-def adapted_llama(dtype: torch.dtype = torch.float32, moved: bool = True, **options) -> PeftModel:
-    model = get_peft_model(tiny_llama(dtype), FuraConfig(**{"target_modules": "all-linear", **options}))
+def adapted_llama(dtype: torch.dtype = torch.float32, moved: bool = True, layers: int = 2, **options) -> PeftModel:
+    model = get_peft_model(
+        tiny_llama(dtype, num_hidden_layers=layers), FuraConfig(**{"target_modules": "all-linear", **options})
+    )
     if moved:
         perturb(model)
     return model.eval()

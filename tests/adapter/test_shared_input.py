@@ -1,0 +1,216 @@
+"""Layers that read one tensor, and inputs kept as two factors: kernels against float64, models against themselves.
+
+Runs in Triton's interpreter on a CPU, as `test_kernels.py` does.
+"""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from kernel_cases import DTYPES, INTERPRETED, ROUNDING, inputs, kernels, reference, relative_error, run_in_interpreter
+from tiny_nets import adapted_llama, tokens
+
+from fura_rl.adapter import transform
+from fura_rl.adapter.shared_input import MISSES
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
+def test_shared_input_in_the_interpreter():
+    run_in_interpreter(__file__)
+
+
+@kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("count", "n", "b"), [(2, 2, 64), (3, 3, 24), (2, 5, 3)])
+@pytest.mark.parametrize("rows", [0, 65, 321])
+def test_shared_input_against_float64(device, dtype, count, n, b, rows):
+    from fura_rl.adapter.shared_kernels import run_shared_gradient, run_shared_transform
+
+    x = inputs(device, dtype, n, b, rows)[0]
+    parts = [inputs(device, dtype, n, b, rows, seed)[1:] for seed in range(1, count + 1)]
+    delta_cnbb = torch.stack([delta for _, delta in parts]).to(dtype)
+    outputs = run_shared_transform(x, delta_cnbb)
+    dx, d_delta_cnbb = run_shared_gradient([g for g, _ in parts], x, delta_cnbb, True)
+    expected_dx = 0
+    for y, (g, delta), d_delta in zip(outputs, parts, d_delta_cnbb, strict=True):
+        expected = reference(x, g, delta, dtype)
+        expected_dx = expected_dx + expected[1]
+        assert relative_error(y, expected[0]) < ROUNDING[dtype]
+        assert relative_error(d_delta, expected[2]) < 2.0**-18
+    assert relative_error(dx, expected_dx) < ROUNDING[dtype]
+    assert run_shared_gradient([g for g, _ in parts], x, delta_cnbb, False)[0] is None
+
+
+@kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "b"), [(2, 64), (3, 24), (1, 148)])
+def test_gradient_of_an_input_kept_as_its_two_factors(device, dtype, n, b):
+    """The same bits as from the product itself."""
+    from fura_rl.adapter.kernels import run_gradient, supports
+
+    if not supports(b, dtype, torch.device(device)):
+        pytest.skip("this dtype has no kernel for such blocks")
+    left, right, delta = inputs(device, dtype, n, b, 109)
+    wide = torch.stack([right, left], 1).flatten(1)  # one factor in rows of another stride
+    g = left.flip(0)
+    x = left * right
+    for other in (right, wide[:, : n * b]):
+        assert torch.equal(other, right)
+        for with_dx in (True, False):
+            direct = run_gradient(g, x, delta, with_dx)
+            factors = run_gradient(g, left, delta, with_dx, other=other)
+            assert torch.equal(direct[0], factors[0])
+            assert relative_error(factors[1], direct[1].double().cpu()) < (2.0**-7 if INTERPRETED else 1e-6)
+
+
+def llama_gradients(model, device, batch):
+    model.zero_grad()
+    loss = model(input_ids=batch, labels=batch).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture
+def model(device):
+    """The interpreter takes 0.1 s for a launch: one layer, the head's projections left alone."""
+    targets = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
+    return adapted_llama(target_modules=targets, layers=1).to(device).train()
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """How many layers each shared pass served."""
+    seen = []
+    shared = transform.shared_multiply
+    monkeypatch.setattr(transform, "shared_multiply", lambda x, all_: seen.append(len(all_)) or shared(x, all_))
+    return seen
+
+
+def loss_and_gradients(model):
+    batch = tokens().to(next(model.parameters()).device)
+    model.zero_grad()
+    loss = model(input_ids=batch, labels=batch).loss
+    loss.backward()
+    return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
+
+
+def assert_same(results, expected):
+    assert results.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(results[name], value, rtol=1e-4, atol=1e-6)
+
+
+@kernels
+def test_a_model_with_shared_inputs(device, model, passes, monkeypatch):
+    """The loss and gradients of layers that compute alone in plain torch; the same under checkpointing."""
+    together = loss_and_gradients(model)
+    assert passes == [3, 2]  # q, k, v and gate, up
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpointed = loss_and_gradients(model)
+    assert passes == [3, 2] * 3  # forward and recomputation
+    model.gradient_checkpointing_disable()
+    monkeypatch.setattr(transform, "kernel_choice", "torch")
+    alone = loss_and_gradients(model)
+    assert len(passes) == 6
+    assert_same(together, alone)
+    assert_same(checkpointed, alone)
+
+
+@kernels
+def test_the_input_of_a_gated_mlp_is_kept_as_its_factors(device, model):
+    """Of `act(gate) * up` nothing is saved that the product does not save itself; not under checkpointing's hooks."""
+    (mlp,) = [module for name, module in model.named_modules() if name.endswith("mlp")]
+    products = []
+    mlp.down_proj.register_forward_pre_hook(lambda module, args: products.append(args[0]))
+    batch = tokens().to(device)
+    loss = model(input_ids=batch, labels=batch).loss
+    (x,) = products
+    left, right = transform.product_factors(x)
+    assert torch.equal(left * right, x)
+    assert left.data_ptr() == x.grad_fn._saved_self.data_ptr()
+    pointers, stack = set(), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        saved = getattr(node, "saved_tensors", ())  # of autograd functions such as ours
+        pointers |= {tensor.data_ptr() for tensor in saved if tensor is not None}
+        stack += [parent for parent, _ in node.next_functions if parent is not None]
+    assert left.data_ptr() in pointers
+    assert x.data_ptr() not in pointers
+    with torch.autograd.graph.save_on_cpu():
+        assert transform.product_factors(x) is None
+    assert transform.product_factors(x + x) is None
+    with torch.no_grad():
+        assert transform.product_factors(x) is None
+
+
+@kernels
+def test_what_changes_between_two_layers_is_seen(device, model, passes):
+    attention = model.base_model.model.model.layers[0].self_attn
+    x = torch.randn(1, 2, 32, device=device, requires_grad=True)
+    q, k = attention.q_proj, attention.k_proj
+    q(x)
+    before = k(x).detach()
+    assert passes == [3]
+    q(x)
+    with torch.no_grad():
+        assert not k(x).requires_grad  # a result with a gradient is not handed to one without
+    assert passes == [3] * 3
+    q(x)
+    with torch.no_grad():
+        k.fura_blocks["default"].core.add_(0.1)
+    assert not torch.allclose(k(x), before)
+    q(x)
+    with model.disable_adapter():
+        assert torch.equal(k(x), k.base_layer(x))
+    y = x.detach().clone()
+    q(y)
+    y.mul_(2.0)
+    torch.testing.assert_close(k(y), k(2.0 * x.detach()))
+
+
+@kernels
+def test_layers_that_read_different_tensors_part(device, model, passes):
+    """As in cross attention: computed for nothing a few times, then never again."""
+    attention = model.base_model.model.model.layers[0].self_attn
+    x, other = torch.randn(2, 1, 2, 32, device=device).unbind(0)
+    expected = attention.k_proj.base_layer(attention.k_proj.fura_blocks["default"](other))
+    for _ in range(MISSES + 2):
+        attention.q_proj(x)
+        torch.testing.assert_close(attention.k_proj(other), expected)
+    assert len(passes) <= 2 * MISSES
+    attention.q_proj(x)
+    attention.k_proj(x)
+    assert len(passes) <= 2 * MISSES
+
+
+@kernels
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_shares_among_its_own_layers(device, model, passes, copied):
+    attention = model.base_model.model.model.layers[0].self_attn
+    x = torch.randn(1, 2, 32, device=device)
+    expected = attention.q_proj(x)  # half-used
+    twin = copied(attention)
+    assert torch.equal(twin.q_proj(x), expected)
+    assert twin.q_proj.shared_input is twin.v_proj.shared_input is not attention.q_proj.shared_input
+    assert set(twin.q_proj.shared_input.layers) == {twin.q_proj, twin.k_proj, twin.v_proj}
+    with torch.no_grad():
+        twin.k_proj.fura_blocks["default"].core.add_(0.1)
+    assert not torch.allclose(twin.k_proj(x), attention.k_proj(x))
+
+
+@kernels
+def test_two_adapters_or_none_on_a_layer_are_not_shared(device, model, passes):
+    attention = model.base_model.model.model.layers[0].self_attn
+    x = torch.randn(1, 2, 32, device=device)
+    alone = {name: getattr(attention, name)(x.clone()) for name in ("q_proj", "k_proj")}
+    del passes[:]
+    attention.v_proj.requires_grad_(False)
+    for name, expected in alone.items():
+        torch.testing.assert_close(getattr(attention, name)(x), expected, rtol=1e-5, atol=1e-6)
+    model.add_adapter("second", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "second"])
+    for name, expected in alone.items():  # the second one is the identity
+        torch.testing.assert_close(getattr(attention, name)(x), expected, rtol=1e-5, atol=1e-6)
+    assert passes == []
