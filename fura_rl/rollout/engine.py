@@ -15,11 +15,13 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from accelerate.utils import broadcast_object_list
 from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration
 
 from fura_rl.errors import FuraError
 from fura_rl.rollout.merged import merged_weights
+from fura_rl.rollout.probe import score_in_process, score_on_server
 from fura_rl.rollout.transport import AdapterVLLMClient, adapter_of, check_model
 
 
@@ -72,8 +74,7 @@ class FuraVLLMGeneration(VLLMGeneration):
         if self.mode != "colocate":
             return super()._init_vllm()
         on_cpu = self.accelerator.device.type == "cpu"
-        dtype = trainer_dtype(self.model, self.accelerator.mixed_precision == "bf16" and not on_cpu)
-        defaults: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
+        defaults: dict[str, Any] = {"dtype": str(self._trainer_dtype()).removeprefix("torch.")}
         if on_cpu:
             defaults["enforce_eager"] = True  # compiling for a CPU takes longer than it saves
         make_llm = vllm_generation.LLM
@@ -89,6 +90,10 @@ class FuraVLLMGeneration(VLLMGeneration):
         ):
             super()._init_vllm()
         self._packed = on_cpu
+
+    def _trainer_dtype(self) -> torch.dtype:
+        on_cpu = self.accelerator.device.type == "cpu"
+        return trainer_dtype(self.model, self.accelerator.mixed_precision == "bf16" and not on_cpu)
 
     @property
     def _sends_adapter(self) -> bool:
@@ -134,6 +139,31 @@ class FuraVLLMGeneration(VLLMGeneration):
         else:
             super().sync_weights()
         self.version += 1
+
+    def score(self, sequences: list[list[int]]) -> list[list[float]]:
+        """Log-probs (natural, without temperature) of the tokens after the first of each sequence.
+
+        Every rank calls it with the same sequences, just after a sync; each gets the answer.
+        """
+        if self.mode != "server":
+            if self.enable_sleep_mode:
+                self.llm.wake_up(tags=["kv_cache"])  # its weights are awake; the next generation puts both to sleep
+            return score_in_process(self.llm, sequences)
+        answer = score_on_server(self.vllm_client, sequences) if self.accelerator.is_main_process else None
+        (answer,) = broadcast_object_list([answer])
+        return answer
+
+    def mismatch(self) -> str | None:
+        """How a colocated engine differs from the trainer by its options, in words; None if it does not."""
+        if self.mode == "server":
+            return None
+        config = self.llm.llm_engine.model_config
+        own = self.model.name_or_path
+        if config.dtype != (dtype := self._trainer_dtype()):
+            return f"the engine computes in {config.dtype}, the trainer in {dtype} (vllm_engine_kwargs)"
+        if config.model != own:
+            return f"the engine was started from {config.model}, the trainer from {own} (vllm_engine_kwargs)"
+        return None
 
     @contextmanager
     def awake(self) -> Iterator[Any]:

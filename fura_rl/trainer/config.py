@@ -85,8 +85,15 @@ class FuraGRPOConfig(GRPOConfig):
     max_logp_gap: float | None = field(
         default=0.5,
         metadata={
-            "help": "Stop when the mean |log-prob difference| between engine and trainer on fresh rollouts "
-            "exceeds this; None never stops."
+            "help": "Stop when the mean |log-prob difference| between engine and trainer, on fresh rollouts or on the "
+            "fixed sequences of a probe, exceeds this; None never stops."
+        },
+    )
+    probe_every: int = field(
+        default=1,
+        metadata={
+            "help": "Compare engine and trainer on a few fixed sequences after a sync, every this many steps; 0 never "
+            "does."
         },
     )
 

@@ -3,7 +3,8 @@
 How it departs from `trl.GRPOTrainer` (1.16):
 - the policy is wrapped with FuRA adapters unless another `peft_config` is given;
 - merged weights are streamed into vLLM, and the trainer's weights never change (`fura_rl.rollout`);
-- after each generation the engine's log-probs are compared with the trainer's, and a gap stops the run;
+- after each sync and each generation the engine's log-probs are compared with the trainer's (`engine_check`), and a
+  gap stops the run;
 - runs resume exactly (`resumable`), and what has gone wrong stops, skips or rolls back (`guards`);
 - rewards are `fura_rl.rewards` by name, and the verifier that grades rollouts also grades the benchmarks;
 - `evaluate()` samples benchmarks once on the live engine instead of averaging losses of batches.
@@ -39,6 +40,7 @@ from fura_rl.trainer.benchmarks import benchmark_sampling, make_sampler
 from fura_rl.trainer.callbacks import BenchmarkCallback
 from fura_rl.trainer.clock import PhaseClock
 from fura_rl.trainer.config import FuraGRPOConfig
+from fura_rl.trainer.engine_check import EngineCheck
 from fura_rl.trainer.guards import GuardCallback, load_guards
 from fura_rl.trainer.report_page import save_answers
 from fura_rl.trainer.resumable import ResumableGRPOTrainer
@@ -123,6 +125,7 @@ class FuraGRPOTrainer(ResumableGRPOTrainer):
         for name, parameter in fura_parameters(self.model):  # TRL casts adapters of quantised models to bfloat16
             if parameter.dtype == torch.bfloat16:
                 parameter.data = trained.get(name, parameter.data.float())
+        self.engine_check = EngineCheck(self)
         self.benchmarks = [
             load_benchmark(name, data_dir=args.benchmark_data_dir, limit=args.benchmark_limit)
             for name in args.benchmarks
@@ -145,46 +148,21 @@ class FuraGRPOTrainer(ResumableGRPOTrainer):
         return completion_ids, logprobs
 
     def sync_engine(self) -> None:
-        """Push the merged policy to the engine, if a step was made since the last push."""
+        """Push the merged policy to the engine, if a step was made since the last push, and compare the two."""
         if self.use_vllm and self.state.global_step != self._last_loaded_step:
             with self.clock.phase("sync"):
                 self.vllm_generation.sync_weights()
+            with self.clock.phase("probe"):
+                self.engine_check.after_sync()
             self._last_loaded_step = self.state.global_step
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         with self.clock.phase("logprobs"):  # what is neither generation nor reward: the trainer's own log-probs
             output = super()._generate_and_score_completions(inputs)
         if "sampling_per_token_logps" in output and "old_per_token_logps" in output:
-            self._check_logp_gap(output)
+            self.engine_check.rollouts(output)
         self._save_completions(inputs)
         return output
-
-    def _check_logp_gap(self, output: dict[str, Any]) -> None:
-        """Log engine minus trainer on the fresh rollouts, before any clipping, and stop on a mismatch."""
-        gap = output["old_per_token_logps"] - output["sampling_per_token_logps"]  # (B, T)
-        mask = output["completion_mask"].bool() & ~torch.isnan(gap)
-        gap = gap[mask]
-        if not len(gap):
-            return
-        ratio = gap.exp()
-        high = self.args.vllm_importance_sampling_clip_max or float("inf")
-        metrics = {
-            "sync/logp_gap_mean": gap.abs().mean(),
-            "sync/logp_gap_max": gap.abs().max(),
-            "sync/raw_ratio_mean": ratio.mean(),
-            "sync/clipped_share": (ratio > high).float().mean(),
-        }
-        mode = "train" if self.model.training else "eval"
-        for name, value in metrics.items():
-            self._metrics[mode][name].append(self.accelerator.gather(value).mean().item())
-        worst = self.accelerator.gather(metrics["sync/logp_gap_mean"]).max().item()
-        limit = self.args.max_logp_gap
-        if limit is not None and worst > limit:
-            raise FuraError(
-                f"Engine and trainer disagree: mean |log-prob difference| {worst:.2e} is above max_logp_gap={limit} at "
-                f"step {self.state.global_step}. Likely causes: a different dtype in the engine (vllm_engine_kwargs), "
-                "a sync that did not reach it, or dropout in the trainer."
-            )
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with self.clock.phase("reward"):
@@ -215,6 +193,7 @@ class FuraGRPOTrainer(ResumableGRPOTrainer):
             "elapsed": time.time() - self._began + self.seconds_before,
             "evaluations": self.evaluations,
             "guards": self.guards.state(),
+            "probed_at": self.engine_check.probed_at,
         }
 
     def restore_progress(self, state: dict[str, Any]) -> None:
@@ -224,6 +203,7 @@ class FuraGRPOTrainer(ResumableGRPOTrainer):
         self.seconds_before = state["elapsed"]
         self.evaluations = state["evaluations"]
         self.guards.restore(state["guards"])
+        self.engine_check.probed_at = state["probed_at"]
 
     # --- files ----------------------------------------------------------------------------------------------------
 
