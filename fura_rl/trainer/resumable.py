@@ -19,14 +19,15 @@ from unittest.mock import patch
 
 import requests
 import torch
+import transformers.trainer
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 from trl import GRPOTrainer
 
 from fura_rl.errors import FuraError
-from fura_rl.trainer import checkpoints
-from fura_rl.trainer.resume import check_shape, load_progress, save_progress, seeded
+from fura_rl.trainer import checkpoints, zero_checkpoints
+from fura_rl.trainer.resume import check_shape, load_progress, read_progress, save_progress, seeded
 from fura_rl.trainer.spelling import nearest
 
 
@@ -84,8 +85,12 @@ class ResumableGRPOTrainer(GRPOTrainer):
         self._epochs_before = math.floor(state.epoch or 0)
         restore = _Restore(self, checkpoint)
         self.add_callback(restore)
+        loader = transformers.trainer.deepspeed_load_checkpoint
+        if read_progress(checkpoint)["shape"]["processes"] != self.accelerator.num_processes:
+            loader = zero_checkpoints.load  # DeepSpeed's own refuses
         try:
-            return super().train(str(checkpoint), *args, **kwargs)
+            with patch.object(transformers.trainer, "deepspeed_load_checkpoint", loader):
+                return super().train(str(checkpoint), *args, **kwargs)
         finally:
             self.remove_callback(restore)
 
@@ -171,6 +176,8 @@ class ResumableGRPOTrainer(GRPOTrainer):
                 super()._save_checkpoint(model, trial)
             self._staging = False
             save_progress(self, inner)
+            if self.is_deepspeed_enabled:
+                zero_checkpoints.save(self.model_wrapped, inner)
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
                 checkpoints.seal(inner, final, step=step, metrics=scores)

@@ -4,11 +4,18 @@ transformers restores the adapter, the optimiser, the scheduler, the position in
 and this project add: the position inside a generation batch and the rest of that batch, sums that are logged later, the
 evaluations so far, and how far `metrics.jsonl` and `layers.jsonl` had come. Every rank writes its own two files; they
 hold no pickle.
+
+A run may go on with another number of processes, or other micro-batches, as long as a step and a generation hold as
+many rollouts as before. It then takes up the next problems with the same adapter, optimiser and schedule. Random
+generators and half-used rollouts belong to a rank and cannot be carried over: rollouts are drawn again for the same
+problems.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,17 +33,14 @@ from fura_rl.trainer.checkpoints import remove_partial, step_of
 if TYPE_CHECKING:
     from fura_rl.trainer.resumable import ResumableGRPOTrainer
 
+logger = logging.getLogger(__name__)
+
 JOURNALS = ("metrics.jsonl", "layers.jsonl")  # grow by lines while a run goes on
 
-# A step means something else if one of these changes.
-SHAPE = (
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "steps_per_generation",
-    "num_iterations",
-    "num_generations",
-    "seed",
-)
+# A step means something else if one of these changes, or the number of rollouts of a step or of a generation, to which
+# the layout and the number of processes multiply.
+FIXED = ("num_iterations", "num_generations", "seed")
+LAYOUT = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")
 
 
 def progress_path(checkpoint: Path, rank: int) -> Path:
@@ -50,9 +54,9 @@ def rollouts_path(checkpoint: Path, rank: int) -> Path:
 
 
 def run_shape(trainer: ResumableGRPOTrainer) -> dict[str, Any]:
-    """What must be equal for a step to be the same step."""
+    """What says what a step is, and how it is spread over processes."""
     return {
-        **{name: getattr(trainer.args, name) for name in SHAPE},
+        **{name: getattr(trainer.args, name) for name in (*LAYOUT, *FIXED)},
         "processes": trainer.accelerator.num_processes,
         "problems": len(trainer.train_dataset),
     }
@@ -80,16 +84,32 @@ def save_progress(trainer: ResumableGRPOTrainer, folder: Path) -> None:
 
 def load_progress(trainer: ResumableGRPOTrainer, folder: Path) -> None:
     """Put this rank where it was; to be called when training begins, after transformers has reset its sums."""
-    progress = read_progress(folder, trainer.accelerator.process_index)
+    rank = trainer.accelerator.process_index
+    resized = is_resized(trainer, folder)
+    progress = _for_other_processes(trainer, folder) if resized else read_progress(folder, rank)
     trainer._step = progress["micro_step"]
     trainer._tr_loss += progress["loss_sum"]
     trainer._total_loss_scalar = progress["loss_total"]
     trainer._globalstep_last_logged = progress["last_logged"]
     trainer._metrics["train"].update(progress["pending_metrics"])
     trainer.restore_progress(progress["own"])
-    rollouts = rollouts_path(folder, trainer.accelerator.process_index)
-    if rollouts.exists():
+    rollouts = rollouts_path(folder, rank)
+    if rollouts.exists() and not resized:
         trainer._buffered_inputs = load_rollouts(rollouts, trainer.accelerator.device)
+
+
+def _for_other_processes(trainer: ResumableGRPOTrainer, folder: Path) -> dict[str, Any]:
+    """The progress of rank 0 for any rank of another number of processes; sums of losses are the ranks' mean."""
+    progress = read_progress(folder)
+    written = progress["shape"]
+    everyone = [read_progress(folder, rank) for rank in range(written["processes"])]
+    for name in ("loss_sum", "loss_total"):
+        progress[name] = sum(one[name] for one in everyone) / len(everyone)
+    steps = progress["micro_step"] // written["gradient_accumulation_steps"]
+    progress["micro_step"] = steps * trainer.args.gradient_accumulation_steps
+    if "guards" in progress["own"]:  # what it says of rollouts is void: none are carried over
+        progress["own"]["guards"]["bad_rewards"] = (-1, "")
+    return progress
 
 
 def read_progress(checkpoint: Path, rank: int = 0) -> dict[str, Any]:
@@ -100,10 +120,21 @@ def read_progress(checkpoint: Path, rank: int = 0) -> dict[str, Any]:
     """
     path = progress_path(checkpoint, rank)
     if not path.exists():
-        raise FuraError(
-            f"{checkpoint} holds no {path.name}: it was not written by this trainer with as many processes."
-        )
+        raise FuraError(f"{checkpoint} holds no {path.name}: it was not written by this trainer.")
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def is_resized(trainer: ResumableGRPOTrainer, checkpoint: Path) -> bool:
+    """Whether a checkpoint's steps were spread otherwise over processes and micro-batches than this run's."""
+    written, now = read_progress(checkpoint)["shape"], run_shape(trainer)
+    return any(written[name] != now[name] for name in (*LAYOUT, "processes"))
+
+
+def _rollouts(shape: dict[str, Any], factor: str) -> tuple[int, str]:
+    """How many rollouts a step or a generation has, and how they are made up."""
+    names = ("processes", "per_device_train_batch_size", factor)
+    factors = [shape[name] for name in names]
+    return math.prod(factors), " x ".join(f"{name}={value}" for name, value in zip(names, factors, strict=True))
 
 
 def check_shape(trainer: ResumableGRPOTrainer, checkpoint: Path) -> None:
@@ -113,12 +144,28 @@ def check_shape(trainer: ResumableGRPOTrainer, checkpoint: Path) -> None:
         FuraError: One of them differs.
     """
     written, now = read_progress(checkpoint)["shape"], run_shape(trainer)
-    for name, value in now.items():
-        if written[name] != value:
+    for name in (*FIXED, "problems"):
+        if written[name] != now[name]:
             raise FuraError(
-                f"{checkpoint} was written with {name}={written[name]}, but this run has {name}={value}: set it back "
-                "to resume, or start a new run in another output_dir."
+                f"{checkpoint} was written with {name}={written[name]}, but this run has {name}={now[name]}: set it "
+                "back to resume, or start a new run in another output_dir."
             )
+    for factor, what in (("gradient_accumulation_steps", "step"), ("steps_per_generation", "generation")):
+        (before, made_up), (count, made_now) = _rollouts(written, factor), _rollouts(now, factor)
+        if before != count:
+            raise FuraError(
+                f"{checkpoint} was written with {before} rollouts a {what} ({made_up}), but this run has {count} "
+                f"({made_now}): change one of these until the product is {before} again, or start a new run in "
+                "another output_dir."
+            )
+    if is_resized(trainer, checkpoint):
+        logger.warning(
+            "%s was written with %d processes of %d rollouts: the run goes on with the next problems, but samples with "
+            "other random numbers than it would have there.",
+            checkpoint,
+            written["processes"],
+            written["per_device_train_batch_size"],
+        )
 
 
 def save_rollouts(batches: list[dict[str, Any]], path: Path) -> None:

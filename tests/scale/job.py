@@ -1,0 +1,115 @@
+"""The main job on several ranks of this machine, each a process forked from one that has paid for the imports.
+
+Rollouts are a function of the problem and of their place in its group, so that any number of ranks sees the same ones
+and a training run can be compared with itself, spread otherwise. All else is the real job.
+"""
+
+import json
+import multiprocessing
+import os
+import socket
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import yaml
+
+DEADLINE_S = 200
+
+
+def reward(completion_ids, **columns):
+    """Anything that differs within a group."""
+    return [sum(ids) % 7 / 7 for ids in completion_ids]
+
+
+def scripted_rollouts(trainer, prompt_ids, *args, **kwargs):
+    """Stands in for the generation: random tokens, the end of the sequence at last."""
+    end, group = trainer.processing_class.eos_token_id, trainer.num_generations
+    completions = []
+    for i, ids in enumerate(prompt_ids):
+        rng = np.random.default_rng([*ids, i % group])
+        completions.append([*rng.integers(5, 60, size=rng.integers(3, 12)).tolist(), end])
+    return completions, None
+
+
+def deepspeed_on_cpu():
+    """accelerate starts DeepSpeed on accelerators only."""
+    import torch
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    def backend(*args, **kwargs):
+        return "gloo", DistributedType.MULTI_CPU
+
+    patch.object(PartialState, "_prepare_backend", backend).start()
+    patch.object(PartialState, "set_device", lambda state: setattr(state, "device", torch.device("cpu"))).start()
+
+
+def work(rank, world, port, recipe, log):
+    with open(log, "w", buffering=1) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    from trl import GRPOTrainer
+
+    from fura_rl import train_grpo
+
+    if "deepspeed" in yaml.safe_load(Path(recipe).read_text()):
+        deepspeed_on_cpu()
+    else:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    with patch.object(GRPOTrainer, "_generate_single_turn", scripted_rollouts):
+        sys.exit(train_grpo.main(["--config", recipe]))
+
+
+class Ranks:
+    """`start(world, **options)` runs the job; what still runs is killed by `close`."""
+
+    def __init__(self, folder, **recipe):
+        self.folder, self.recipe = folder, recipe
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["fura_rl.train_grpo", "deepspeed"])
+        self.processes = []
+
+    def run(self, world, name, status=0, **options):
+        """The run's directory.
+
+        Args:
+            world: Number of ranks.
+            name: Of the directory and the logs.
+            status: With which every rank must end.
+            **options: Of the recipe, beside this object's.
+        """
+        output = self.folder / name
+        recipe = self.folder / f"{name}.yaml"
+        recipe.write_text(yaml.safe_dump({**self.recipe, "output_dir": str(output), **options}))
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        logs = [self.folder / f"{name}_{rank}.log" for rank in range(world)]
+        ranks = [
+            self.context.Process(target=work, args=(rank, world, port, str(recipe), str(log)))
+            for rank, log in enumerate(logs)
+        ]
+        self.processes += ranks
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(DEADLINE_S)
+        for process, log in zip(ranks, logs, strict=True):
+            assert process.exitcode == status, log.read_text()[-3000:]
+        return output
+
+    def close(self):
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def steps(run):
+    """What each step's log entry says that no clock and no machine decides."""
+    names = ("step", "loss", "reward", "grad_norm", "learning_rate", "num_tokens", "completions/mean_length")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: line[name] for name in names} for line in lines if "reward" in line]

@@ -1,0 +1,100 @@
+"""A run that was saved by two ranks goes on with one and with four, as if nothing had changed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from job import Ranks, steps
+from safetensors.torch import load_file
+
+# 16 rollouts a step, however many ranks share them
+SPREAD = {
+    1: dict(per_device_train_batch_size=8, gradient_accumulation_steps=2),
+    2: dict(per_device_train_batch_size=8, gradient_accumulation_steps=1),
+    4: dict(per_device_train_batch_size=4, gradient_accumulation_steps=1),
+}
+CONFIGS = Path(__file__).parents[2] / "configs" / "deepspeed"
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory, tiny_model, tiny_problems):
+    ranks = Ranks(
+        tmp_path_factory.mktemp("ranks"), model_name_or_path=str(tiny_model), prompt="plain", use_vllm=False,
+        dataset_name=str(tiny_problems / "train.jsonl"), max_steps=6, num_generations=4, max_completion_length=16,
+        learning_rate=1e-3, lr_scheduler_type="linear", rewards=["job:reward"], save_steps=3, weight_decay=0.1,
+    )  # fmt: skip
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def whole(ranks):
+    """Six steps by two ranks, with a checkpoint after the third."""
+    return ranks.run(2, "whole", **SPREAD[2])
+
+
+def resume(ranks, run, world, name, **options):
+    """What a copy of `run`, cut to its checkpoint, makes of the rest with `world` ranks."""
+    output = ranks.folder / name
+    shutil.copytree(run, output)
+    shutil.rmtree(output / "checkpoint-6")
+    return ranks.run(world, name, **SPREAD[world], resume_from_checkpoint="latest", **options)
+
+
+def check_same(run, whole):
+    """Every step's numbers and the final adapter, within the noise of float32 sums in another order."""
+    assert [line["step"] for line in steps(run)] == [1, 2, 3, 4, 5, 6]
+    for line, expected in zip(steps(run), steps(whole), strict=True):
+        assert line == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    adapter, expected = (load_file(folder / "adapter_model.safetensors") for folder in (run, whole))
+    for name, tensor in expected.items():
+        assert (adapter[name] - tensor).abs().max() < 1e-5, name
+    moved = max(float(tensor.abs().max()) for name, tensor in expected.items() if name.endswith("core"))
+    assert moved > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 4])
+def test_ddp(ranks, whole, world):
+    check_same(resume(ranks, whole, world, f"ddp_{world}"), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_deepspeed(ranks, whole, stage):
+    pytest.importorskip("deepspeed", reason="the extra 'deepspeed' is not installed")
+    config = {"deepspeed": str(CONFIGS / f"{stage}.json")}
+    own = ranks.run(2, stage, **SPREAD[2], **config)
+    check_same(own, whole)
+    for world in (1, 4) if stage == "zero2" else (4,):
+        check_same(resume(ranks, own, world, f"{stage}_{world}", **config), whole)
+
+
+@pytest.mark.slow
+def test_half_used_rollouts_are_drawn_again_for_the_same_problems(ranks):
+    """A generation of 32 rollouts serves two steps; the checkpoint lies between its steps 3 and 4."""
+    twice = ranks.run(2, "twice", **SPREAD[2], steps_per_generation=2)
+    resumed = resume(ranks, twice, 1, "twice_1", steps_per_generation=4)
+
+    def problems(run, step):
+        lines = (run / "completions" / f"step_{step:06d}.jsonl").read_text().splitlines()
+        return [json.loads(line)["prompt"] for line in lines]
+
+    assert [path.name for path in sorted((twice / "completions").iterdir())] == [
+        f"step_{step:06d}.jsonl" for step in (1, 3, 5)
+    ]
+    assert problems(resumed, 4) == problems(twice, 3)
+    assert problems(resumed, 5) == problems(twice, 5) != problems(twice, 3)
+    later, expected = steps(resumed)[4:], steps(twice)[4:]  # both steps of the next generation
+    assert sum(line["reward"] for line in later) == pytest.approx(sum(line["reward"] for line in expected))
+
+
+@pytest.mark.slow
+def test_another_number_of_rollouts_a_step_is_refused(ranks, whole):
+    shutil.copytree(whole, ranks.folder / "fewer")
+    ranks.run(1, "fewer", status=2, **SPREAD[2], resume_from_checkpoint="latest")
+    sentence = (ranks.folder / "fewer_0.log").read_text().splitlines()[-1]
+    assert sentence.startswith("error: ")
+    assert "written with 16 rollouts a step (processes=2 x per_device_train_batch_size=8 x " in sentence
+    assert "but this run has 8 (processes=1 x per_device_train_batch_size=8 x " in sentence
