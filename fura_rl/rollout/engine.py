@@ -2,8 +2,10 @@
 
 How it departs from TRL 1.16's `VLLMGeneration`:
 - weights come from `merged_weights` (no `merge_adapter` in place, nothing to undo after an error);
-- after the first push, tensors that no adapter touches stay in the engine, unless sleeping made it lose them;
-- vLLM's CPU build packs its linear weights, so there the stream goes through `reload_weights`;
+- after the first push into an engine of this process, adapted layers are merged straight into its storage (`in_place`);
+  tensors that no adapter touches stay in the engine, unless sleeping made it lose them;
+- vLLM's CPU build packs its linear weights, so there what goes by name goes through `reload_weights`;
+- sleeping can keep the weights in main memory (level 1) instead of dropping them (level 2);
 - every engine argument can be set (`vllm_engine_kwargs`), and the engine computes in the trainer's dtype by default.
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 from unittest.mock import patch
 
@@ -20,6 +23,8 @@ from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration
 
 from fura_rl.errors import FuraError
+from fura_rl.rollout import vllm_names
+from fura_rl.rollout.in_place import InPlaceMerge
 from fura_rl.rollout.merged import merged_weights
 from fura_rl.rollout.probe import score_in_process, score_on_server
 from fura_rl.rollout.transport import AdapterVLLMClient, adapter_of, check_model
@@ -39,6 +44,7 @@ class FuraVLLMGeneration(VLLMGeneration):
     Args:
         engine_kwargs: Arguments of `vllm.LLM` that override TRL's (colocate mode).
         transport: How weights reach a server: "merged" (TRL's NCCL path) or "adapter" (`fura_rl.rollout.transport`).
+        sleep_level: 1 keeps the sleeping engine's weights in main memory, 2 (as TRL) drops them.
         rounding: How merged weights become bfloat16: "nearest" or "stochastic" (`fura_rl.rollout.merged.cast`).
         *args, **kwargs: As for `trl.generation.vllm_generation.VLLMGeneration`.
 
@@ -52,8 +58,12 @@ class FuraVLLMGeneration(VLLMGeneration):
         engine_kwargs: dict[str, Any] | None = None,
         transport: str = "merged",
         rounding: str = "nearest",
+        sleep_level: int = 2,
         **kwargs: Any,
     ) -> None:
+        if sleep_level not in (1, 2):
+            raise FuraError(f"vllm_sleep_level is 1 or 2, not {sleep_level!r}.")
+        self.sleep_level = sleep_level
         self.engine_kwargs = engine_kwargs or {}
         self.transport = transport
         if rounding not in ("nearest", "stochastic"):
@@ -61,6 +71,7 @@ class FuraVLLMGeneration(VLLMGeneration):
         self.rounding = rounding
         self.version = 0
         self._packed = False  # whether linear weights are repacked at load, as vLLM's CPU build does
+        self._in_place: InPlaceMerge | None = None  # once the engine has all weights
         self._llm_weights_sleeping: bool = False
         super().__init__(*args, **kwargs)
 
@@ -80,7 +91,11 @@ class FuraVLLMGeneration(VLLMGeneration):
         make_llm = vllm_generation.LLM
 
         def llm(**trl_kwargs: Any) -> Any:
-            return make_llm(**{**trl_kwargs, **defaults, **self.engine_kwargs})
+            made = make_llm(**{**trl_kwargs, **defaults, **self.engine_kwargs})
+            if self.enable_sleep_mode:  # TRL asks for level 2, and wakes what a probe has woken before
+                made.sleep = lambda level=2: type(made).sleep(made, level=self.sleep_level)
+                made.wake_up = lambda tags: vllm_names.wake_up(made, tags)
+            return made
 
         # TRL fixes the arguments in the middle of this method. Beside a bitsandbytes policy it would quantise the
         # engine too, which could not load merged weights; ours gets the dequantised base that the trainer reads.
@@ -107,24 +122,19 @@ class FuraVLLMGeneration(VLLMGeneration):
         self.accelerator.wait_for_everyone()
 
     def _iter_named_params(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What TRL streams to a server, and what `sync_weights` loads: the merged policy."""
+        """What TRL streams to a server, and what the first push loads into a colocated engine: the merged policy."""
+        return self._stream()
+
+    def _stream(self, **options: Any) -> Iterator[tuple[str, torch.Tensor]]:
         if self._dist.fsdp_version == 1:
             raise FuraError("FuRA cannot sync from FSDP1's flat shards: set fsdp_version: 2, or use DDP or ZeRO.")
-        rounding = None
-        if self.rounding == "stochastic":  # by version, so that the engines of all ranks get the same weights
-            rounding = torch.Generator(self.accelerator.device).manual_seed(self.version)
-        yield from merged_weights(
-            self.model, only_adapted=self._engine_has_base, gather=self._dist.gather_params, rounding=rounding
-        )
+        return merged_weights(self.model, gather=self._dist.gather_params, rounding=self._random_bits(), **options)
 
-    @property
-    def _engine_has_base(self) -> bool:
-        """Whether the engine still holds the frozen tensors of an earlier push.
-
-        A server is told the list of tensors once, a packed layer must be reloaded whole, and sleep level 2 drops
-        everything: in these cases every tensor is sent each time.
-        """
-        return self.mode == "colocate" and self.version > 0 and not self._packed and not self.enable_sleep_mode
+    def _random_bits(self) -> torch.Generator | None:
+        """For stochastic rounding; by version, so that the engines of all ranks get the same weights."""
+        if self.rounding != "stochastic":
+            return None
+        return torch.Generator(self.accelerator.device).manual_seed(self.version)
 
     def sync_weights(self) -> None:
         """Push the merged policy into the engine and drop its prefix cache."""
@@ -132,13 +142,38 @@ class FuraVLLMGeneration(VLLMGeneration):
             adapter = adapter_of(self.model, self._dist.gather_params)  # every rank takes part
             if self.accelerator.is_main_process:
                 self.vllm_client.push(adapter)
-        elif self.mode == "colocate" and self._packed:
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._iter_named_params()})
-            self.llm.apply_model(_repack_tied_head)
-            self.llm.reset_prefix_cache()
-        else:
+        elif self.mode == "server":
             super().sync_weights()
+        else:
+            self._sync_in_process()
         self.version += 1
+
+    def _sync_in_process(self) -> None:
+        """The first time through vLLM's loader; then adapted layers in place, and by name what else may be missing."""
+        lost = False
+        if self.enable_sleep_mode:
+            vllm_generation.empty_cache()  # as TRL does, against running out of memory
+            lost = vllm_names.is_asleep(self.llm, "weights") and self.sleep_level == 2
+            self.llm.wake_up(tags=["weights"])
+            self._llm_weights_sleeping = False
+        if self._in_place is None:
+            self._load(self._stream())
+            self._in_place = InPlaceMerge(self.model, vllm_names.model_of(self.llm))
+        else:
+            self._in_place.write(self._random_bits())
+            everything = lost or (self._packed and not self._in_place.complete)  # packed layers are reloaded whole
+            self._load(self._stream(only_adapted=not everything, skip=self._in_place.names))
+        self.llm.reset_prefix_cache()
+
+    def _load(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        """Through vLLM's loader, which takes a few of a checkpoint's tensors as well as all of them."""
+        if not self._packed:
+            model: Any = vllm_names.model_of(self.llm)
+            for name, tensor in weights:
+                model.load_weights([(name, tensor)])
+        elif (first := next(weights, None)) is not None:
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": chain([first], weights)})
+            self.llm.apply_model(_repack_tied_head)
 
     def score(self, sequences: list[list[int]]) -> list[list[float]]:
         """Log-probs (natural, without temperature) of the tokens after the first of each sequence.
@@ -174,7 +209,7 @@ class FuraVLLMGeneration(VLLMGeneration):
             self.llm.wake_up(tags=["kv_cache"])
         yield self.llm
         if self.enable_sleep_mode:
-            self.llm.sleep(level=2)
+            self.llm.sleep(level=self.sleep_level)
             self._llm_weights_sleeping = True
 
 

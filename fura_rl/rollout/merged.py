@@ -6,7 +6,7 @@ there is no merge in place to undo, so nothing can drift (design, section 1).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -64,6 +64,7 @@ def merged_weights(
     only_adapted: bool = False,
     gather: GatherFunction = _no_gather,
     rounding: torch.Generator | None = None,
+    skip: Collection[str] = (),
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield `(checkpoint name, tensor)` of the merged policy, one tensor at a time, in a constant order.
 
@@ -77,6 +78,7 @@ def merged_weights(
             that FSDP2 has sharded are gathered without it, adapted ones after each rank has merged its rows.
         rounding: Round merged weights to bfloat16 stochastically, with random bits from here (on the weights' device),
             instead of to the nearest; it does nothing for other dtypes.
+        skip: Checkpoint names of adapted layers to leave out, weight and bias.
 
     Yields:
         The name as in the base checkpoint, and a detached tensor of the checkpoint's shape. Tied weights come once.
@@ -84,7 +86,9 @@ def merged_weights(
     """
     seen: set[int] = set()
     for module_name, module in model.named_modules():
-        if isinstance(module, FuraLayer):
+        if isinstance(module, FuraLayer) and checkpoint_name(module_name) in skip:
+            seen.update(id(parameter) for parameter in module.parameters())
+        elif isinstance(module, FuraLayer):
             yield from _merged_layer(f"{module_name}.", module, dtype, gather, rounding, seen)
         elif isinstance(module, BaseTunerLayer):
             yield from merged_by_peft(f"{module_name}.", module, dtype, gather, seen)

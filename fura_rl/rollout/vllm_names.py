@@ -129,6 +129,11 @@ def is_plain_linear(module: nn.Module) -> bool:
     return isinstance(module, LinearBase) and isinstance(attribute(module, "quant_method"), UnquantizedLinearMethod)
 
 
+def tensor_parallel_size(module: nn.Module) -> int:
+    """Into how many ranks a linear layer is split."""
+    return attribute(module, "tp_size")
+
+
 def store_weight(module: nn.Module, parts: list[torch.Tensor]) -> None:
     """Replace a layer's weight by the whole checkpoint-shaped matrices `parts`, one for each part of a fused layer.
 
@@ -153,6 +158,22 @@ def _load(module: nn.Module, parameter: torch.Tensor, parts: list[torch.Tensor])
     loader = attribute(parameter, "weight_loader")
     for part, shard in zip(parts, shard_ids(module, len(parts)), strict=True):
         loader(parameter, part, *shard)
+
+
+def model_of(llm: Any) -> nn.Module:
+    """The model of a `vllm.LLM` whose engine is in this process; one rank's slice of it with tensor parallelism."""
+    return attribute(llm, "llm_engine.model_executor.driver_worker.model_runner.get_model")()
+
+
+def is_asleep(llm: Any, tag: str) -> bool:
+    """Whether "weights" or "kv_cache" of an engine in this process are asleep."""
+    return tag in attribute(llm, "llm_engine.model_executor.sleeping_tags")
+
+
+def wake_up(llm: Any, tags: list[str]) -> None:
+    """Wakes those that are asleep: vLLM warns of others, each time."""
+    if tags := [tag for tag in tags if is_asleep(llm, tag)]:
+        type(llm).wake_up(llm, tags=tags)
 
 
 # -- a server -------------------------------------------------------------------------------------------------------

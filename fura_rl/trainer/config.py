@@ -68,6 +68,13 @@ class FuraGRPOConfig(GRPOConfig):
         default=None,
         metadata={"help": "Further arguments of vllm.LLM as a dict or JSON, such as {enforce_eager: true}."},
     )
+    vllm_sleep_level: int = field(
+        default=2,
+        metadata={
+            "help": "What vllm_enable_sleep_mode does with the engine's weights between generations: 1 moves them to "
+            "main memory, 2 drops them."
+        },
+    )
     vllm_transport: str = field(
         default="merged",
         metadata={

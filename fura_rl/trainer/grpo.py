@@ -116,6 +116,7 @@ class FuraGRPOTrainer(ResumableGRPOTrainer):
             engine_kwargs=args.vllm_engine_kwargs,
             transport=args.vllm_transport,
             rounding=args.sync_rounding,
+            sleep_level=args.vllm_sleep_level,
         )
         trained = {name: p.data for name, p in fura_parameters(model)} if isinstance(model, PeftModel) else {}
         with patch.object(grpo_trainer, "VLLMGeneration", engine):  # TRL names the class inside its constructor

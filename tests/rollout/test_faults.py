@@ -37,6 +37,7 @@ def trainer(tmp_path_factory, tiny_model, tiny_problems):
 @pytest.fixture
 def synced(trainer):
     """The trainer after an update that its engine has, and the merged weights by name."""
+    put(trainer, dict(merged_weights(trainer.model)))  # an earlier fault may be where no adapter is
     move(trainer)
     trainer.vllm_generation.sync_weights()
     assert trainer.engine_check.probe() < 1e-5
