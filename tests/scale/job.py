@@ -7,6 +7,7 @@ and a training run can be compared with itself, spread otherwise. All else is th
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -21,6 +22,25 @@ DEADLINE_S = 200
 def reward(completion_ids, **columns):
     """Anything that differs within a group."""
     return [sum(ids) % 7 / 7 for ids in completion_ids]
+
+
+def failing_reward(completion_ids, **columns):
+    """The second rank fails after its first step."""
+    failing_reward.calls += 1
+    if os.environ["RANK"] == "1" and failing_reward.calls > 1:
+        raise RuntimeError("no reward on this rank")
+    return reward(completion_ids)
+
+
+def killing_reward(completion_ids, **columns):
+    """The second rank is killed after its first step, as by the kernel when memory runs out."""
+    killing_reward.calls += 1
+    if os.environ["RANK"] == "1" and killing_reward.calls > 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return reward(completion_ids)
+
+
+failing_reward.calls = killing_reward.calls = 0
 
 
 def scripted_rollouts(trainer, prompt_ids, *args, **kwargs):
@@ -66,7 +86,7 @@ def work(rank, world, port, recipe, log):
 
 
 class Ranks:
-    """`start(world, **options)` runs the job; what still runs is killed by `close`."""
+    """Starts the job in a folder, on any number of ranks; `close` kills what still runs."""
 
     def __init__(self, folder, **recipe):
         self.folder, self.recipe = folder, recipe
@@ -74,33 +94,36 @@ class Ranks:
         self.context.set_forkserver_preload(["fura_rl.train_grpo", "deepspeed"])
         self.processes = []
 
-    def run(self, world, name, status=0, **options):
-        """The run's directory.
+    def start(self, world, name, **options):
+        """Starts the ranks; returns their processes and logs.
 
         Args:
             world: Number of ranks.
-            name: Of the directory and the logs.
-            status: With which every rank must end.
+            name: Of the run's directory and the logs.
             **options: Of the recipe, beside this object's.
         """
-        output = self.folder / name
         recipe = self.folder / f"{name}.yaml"
-        recipe.write_text(yaml.safe_dump({**self.recipe, "output_dir": str(output), **options}))
+        recipe.write_text(yaml.safe_dump({**self.recipe, "output_dir": str(self.folder / name), **options}))
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         logs = [self.folder / f"{name}_{rank}.log" for rank in range(world)]
-        ranks = [
+        processes = [
             self.context.Process(target=work, args=(rank, world, port, str(recipe), str(log)))
             for rank, log in enumerate(logs)
         ]
-        self.processes += ranks
-        for process in ranks:
+        self.processes += processes
+        for process in processes:
             process.start()
-        for process in ranks:
+        return processes, logs
+
+    def run(self, world, name, status=0, **options):
+        """Runs the job to its end, which every rank must reach with exit status `status`; returns its directory."""
+        processes, logs = self.start(world, name, **options)
+        for process in processes:
             process.join(DEADLINE_S)
-        for process, log in zip(ranks, logs, strict=True):
+        for process, log in zip(processes, logs, strict=True):
             assert process.exitcode == status, log.read_text()[-3000:]
-        return output
+        return self.folder / name
 
     def close(self):
         for process in self.processes:

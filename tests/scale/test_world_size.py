@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from job import Ranks, steps
+from job import steps
 from safetensors.torch import load_file
 
 # 16 rollouts a step, however many ranks share them
@@ -15,17 +15,6 @@ SPREAD = {
     4: dict(per_device_train_batch_size=4, gradient_accumulation_steps=1),
 }
 CONFIGS = Path(__file__).parents[2] / "configs" / "deepspeed"
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory, tiny_model, tiny_problems):
-    ranks = Ranks(
-        tmp_path_factory.mktemp("ranks"), model_name_or_path=str(tiny_model), prompt="plain", use_vllm=False,
-        dataset_name=str(tiny_problems / "train.jsonl"), max_steps=6, num_generations=4, max_completion_length=16,
-        learning_rate=1e-3, lr_scheduler_type="linear", rewards=["job:reward"], save_steps=3, weight_decay=0.1,
-    )  # fmt: skip
-    yield ranks
-    ranks.close()
 
 
 @pytest.fixture(scope="module")
