@@ -23,6 +23,7 @@ from .blocks import FuraBlocks
 from .config import FuraConfig
 from .fingerprint import sample_entries
 from .shared_input import SharedInput
+from .split_bases import set_basis
 
 logger = logging.getLogger(__name__)
 
@@ -126,10 +127,10 @@ class FuraLayer(nn.Module, BaseTunerLayer):
             if twin.geometry == blocks.geometry and twin.fold is None and not twin.core.is_meta:
                 return blocks.copy_basis(twin)
         if blocks.sigma is None:
-            blocks.set_basis(None)
+            set_basis(blocks, None)
             return
         with self.reading_weight() as weight:
-            floored = blocks.set_basis(weight)
+            floored = set_basis(blocks, weight)
         if floored:
             logger.info(
                 "%s: %d of %d directions carry (almost) no weight; their singular values were raised to a floor.",

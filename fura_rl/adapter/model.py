@@ -25,6 +25,7 @@ from .errors import AdapterError
 from .layer import FuraLayer, FuraLinear
 from .loading import prepare_tensors
 from .shared_input import link_shared_inputs
+from .split_bases import share_bases
 
 # Where target_modules is None: all projections of the usual decoders, elsewhere what PEFT takes for LoRA.
 DECODERS = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -69,6 +70,7 @@ class FuraModel(BaseTuner):
         """As PEFT's, with a progress bar where reading the bases takes more than two seconds."""
         with tqdm(desc="FuRA: reading block bases", unit=" layers", delay=2, disable=None) as self._progress:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            share_bases()
         del self._progress
         link_shared_inputs(self.model, FuraLayer)
 

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from trl.trainer import grpo_trainer
 
 from fura_rl.adapter import FuraConfig
+from fura_rl.adapter.split_bases import split_bases
 from fura_rl.errors import FuraError
 from fura_rl.eval import evaluate, load_benchmark
 from fura_rl.prompts import load_prompt
@@ -119,7 +120,8 @@ class FuraGRPOTrainer(ResumableGRPOTrainer):
             sleep_level=args.vllm_sleep_level,
         )
         trained = {name: p.data for name, p in fura_parameters(model)} if isinstance(model, PeftModel) else {}
-        with patch.object(grpo_trainer, "VLLMGeneration", engine):  # TRL names the class inside its constructor
+        # TRL names the engine's class inside its constructor, and puts the adapter into the model there
+        with patch.object(grpo_trainer, "VLLMGeneration", engine), split_bases(args.device):
             super().__init__(
                 model, reward_funcs, args=args, train_dataset=train_dataset, peft_config=peft_config, **kwargs
             )
