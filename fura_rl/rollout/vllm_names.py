@@ -1,7 +1,9 @@
 """Every name of vLLM outside its documented interface that adapters in a running engine rest on.
 
+Those of adapters per request are listed here too; their functions are in `multi_names`.
+
 Documented, and so not here: `LLM.collective_rpc`, the options `--worker-extension-cls` and `--middleware`. When a
-new vLLM moves something, `missing_names()` says what, and only this file has to follow.
+new vLLM moves something, `missing_names()` says what, and only these two files have to follow.
 
 Read from vLLM 0.31; what the names are for:
 - a worker's `model_runner.get_model()` is the engine's model, `model_config` says which checkpoint it was loaded from;
@@ -9,7 +11,10 @@ Read from vLLM 0.31; what the names are for:
 - a linear layer has a `quant_method`, and each parameter a `weight_loader(param, full tensor, shard)`, which knows
   fused storage and tensor parallelism. vLLM's CPU build repacks a weight in `process_weights_after_loading` and leaves
   an empty parameter behind;
-- the server keeps its engine in `app.state.engine_client`, and that can pause, resume and call the workers.
+- the server keeps its engine in `app.state.engine_client`, and that can pause, resume and call the workers;
+- adapters per request (`multi`) join vLLM's LoRA: its layers (`can_replace_layer`, `create_lora_weights`, `set_lora`,
+  `reset_lora`, `apply`, `set_mapping`, `_apply_lora_to_output`), the worker's `_load_adapter`, the rows' slots in
+  `update_metadata`, the keys of cached prefixes and of compiled graphs.
 """
 
 from __future__ import annotations
@@ -43,11 +48,50 @@ IMPORTED = (
     "vllm.model_executor.models.qwen3.Qwen3ForCausalLM.packed_modules_mapping",
 )
 
+LORA_LAYERS = (
+    "ColumnParallelLinearWithLoRA",
+    "MergedColumnParallelLinearWithLoRA",
+    "QKVParallelLinearWithLoRA",
+    "MergedQKVParallelLinearWithLoRA",
+    "RowParallelLinearWithLoRA",
+)
+_LORA_METHODS = (
+    "apply",
+    "can_replace_layer",
+    "create_lora_weights",
+    "reset_lora",
+    "set_lora",
+    "set_mapping",
+    "_apply_lora_to_output",
+)
+PER_REQUEST = (
+    *(f"vllm.lora.layers.{layer}.{method}" for layer in LORA_LAYERS for method in _LORA_METHODS),
+    "vllm.config.lora.LoRAConfig.compute_hash",
+    "vllm.config.vllm.get_current_vllm_config_or_none",
+    "vllm.lora.layers.LoRAMapping",
+    "vllm.lora.lora_model.LoRAModel",
+    "vllm.lora.lora_weights.LoRALayerWeights",
+    "vllm.lora.model_manager.get_supported_lora_modules",
+    "vllm.lora.punica_wrapper.punica_base.PunicaWrapperBase.update_metadata",
+    "vllm.lora.request.LoRARequest",
+    "vllm.lora.utils._all_lora_classes",
+    "vllm.lora.utils.get_adapter_absolute_path",
+    "vllm.lora.worker_manager.WorkerLoRAManager._load_adapter",
+    "vllm.lora.worker_manager.WorkerLoRAManager.list_adapters",
+    "vllm.v1.core.kv_cache_utils._gen_lora_extra_hash_keys",
+    "vllm.v1.engine.llm_engine.LLMEngine.add_lora",
+)
+
 
 def missing_names() -> list[str]:
     """Which of the names this vLLM does not have: empty if all is well."""
-    missing = [name for name in IMPORTED if not _exists(name)]
+    missing = [name for name in (*IMPORTED, *PER_REQUEST) if not _exists(name)]
     return missing if any(map(_exists, SERVER_MODULES)) else [*missing, SERVER_MODULES[0]]
+
+
+def missing_for_per_request() -> list[str]:
+    """As `missing_names`, of those that adapters per request rest on."""
+    return [name for name in PER_REQUEST if not _exists(name)]
 
 
 def _exists(dotted: str) -> bool:

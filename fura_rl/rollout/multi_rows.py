@@ -1,0 +1,66 @@
+"""Which adapter each row of a batch has, kept where the layers' kernels read it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fura_rl.rollout import multi_names
+
+
+class AdapterRows:
+    """The slots of a batch's rows that have a FuRA adapter.
+
+    An adapter that was not loaded as one kind or the other is one of those that vLLM makes up to warm up and to capture
+    CUDA graphs: it counts as both, so that the graphs hold the work of either kind.
+
+    Attributes:
+        ids: (most rows of a batch) int32 on the device: a row's slot, or -1. Its memory never moves; rows beyond the
+            batch keep what they had.
+        any_adapted: One bool in CPU memory: whether any row of this batch has a slot.
+        fura: The engine's numbers of the adapters that are FuRA.
+        lora: Those that are LoRA.
+    """
+
+    def __init__(self, max_rows: int, device: torch.device) -> None:
+        self.ids = torch.full((max_rows,), -1, dtype=torch.int32, device=device)
+        self.any_adapted = torch.tensor([False])
+        self.fura: set[int] = set()
+        self.lora: set[int] = set()
+
+    def add(self, adapter: int, *, fura: bool) -> None:
+        """Records of which kind an adapter is that was just loaded."""
+        (self.fura if fura else self.lora).add(adapter)
+        (self.lora if fura else self.fura).discard(adapter)
+
+    def set(self, adapters: tuple[int, ...], slot_adapters: list[int | None]) -> None:
+        """The next batch: each row's adapter, 0 for none, and the adapter in each slot."""
+        slots = {adapter: slot for slot, adapter in enumerate(slot_adapters) if adapter not in self.lora}
+        slots[None], slots[0] = -1, -1
+        rows = [slots.get(adapter, -1) for adapter in adapters]
+        self.any_adapted.fill_(any(slot >= 0 for slot in rows))
+        on_host = torch.tensor(rows, dtype=torch.int32, pin_memory=self.ids.is_cuda)
+        self.ids[: len(rows)].copy_(on_host, non_blocking=True)
+
+
+def rows_of(punica_wrapper: Any) -> AdapterRows:
+    """The rows that follow a LoRA wrapper's `update_metadata`, which says what each batch holds.
+
+    On a device, LoRA's own kernels no longer see rows of FuRA adapters. On a CPU they do, and multiply by zero: there,
+    "none" is read as the last slot.
+    """
+    if not hasattr(punica_wrapper, "fura_rows"):
+        size, device = multi_names.row_capacity(punica_wrapper)
+        rows = AdapterRows(size, device)
+        update = punica_wrapper.update_metadata
+
+        def update_both(mapping: Any, slot_adapters: list[int | None], *args: Any, **kwargs: Any) -> None:
+            rows.set(mapping.index_mapping, slot_adapters)
+            if device.type != "cpu":
+                mapping = multi_names.without_adapters(mapping, rows.fura)
+            update(mapping, slot_adapters, *args, **kwargs)
+
+        punica_wrapper.update_metadata = update_both
+        punica_wrapper.fura_rows = rows
+    return punica_wrapper.fura_rows
