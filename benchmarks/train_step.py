@@ -4,8 +4,8 @@ r"""One training step, side by side: FuRA, its published form, LoRA, DoRA, OFT, 
         [--rows lora_r32 fura]
 
 Decoder layers of Qwen3 in the shape of a model, with random weights in bf16, under bf16 autocast as trainers run it;
-without embedding and output head, which no method touches. A step is forward, backward and AdamW (fused) on `--tokens` tokens in sequences of
-`--sequence`. All seven projections of a layer are adapted.
+without embedding and output head, which no method touches. A step is forward, backward and AdamW (fused) on `--tokens`
+tokens in sequences of `--sequence`. All seven projections of a layer are adapted.
 
 - `floor`: the frozen model forward and backward to its input. No adapter can be faster.
 - `full`: all weights trained in bf16, optimiser state too. The other trained tensors are float32, as PEFT makes them.
@@ -298,7 +298,8 @@ def main() -> None:
     bench = Bench(args)
     results = summary(bench, bench.run())
     device = torch.cuda.get_device_name() if bench.device.type == "cuda" else "CPU"
-    title = f"{'tiny' if args.tiny else args.shape}, {args.layers} layers, {args.tokens:,} tokens in sequences of {args.sequence:,}, {device}"
+    title = "tiny" if args.tiny else args.shape
+    title += f", {args.layers} layers, {args.tokens:,} tokens in sequences of {args.sequence:,}, {device}"
     title += ", checkpointing" * args.checkpointing + ", compiled" * args.compile
     Console(width=120).print(table(results, title))
     print(json.dumps(dict(title=title, command=shlex.join(sys.argv), date=time.strftime("%Y-%m-%d"), rows=results)))

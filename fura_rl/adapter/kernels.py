@@ -1,8 +1,8 @@
 """`x + x blockdiag(D)^T` as Triton kernels, with gradients written by hand.
 
 Forward reads `x` once and writes `y` once. Backward reads `x` and the incoming gradient `g` once and writes
-`dx = g + g D` once; in the same pass each program sums its share of the rows of `dD = g^T x`, and a second, small
-reduction adds the shares in a fixed order: no atomics, so that two runs give the same bits. Nothing is saved for the
+`dx = g + g D` once; in the same pass each program sums its share of the rows of `dD = g^T x`, and a second kernel
+adds the shares in a fixed order: no atomics, so that two runs give the same bits. Nothing is saved for the
 backward pass but `x` and `D`.
 
 Products accumulate in float32 and are rounded once; float32 operands are multiplied as three products of their TF32
@@ -234,7 +234,7 @@ def run_transform(x: torch.Tensor, delta: torch.Tensor, launch: Launch | None = 
     return y
 
 
-def run_gradient(
+def run_gradient_shares(
     g: torch.Tensor,
     x: torch.Tensor,
     delta: torch.Tensor,
@@ -242,15 +242,18 @@ def run_gradient(
     launch: Launch | None = None,
     other: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`dx` (empty without `with_dx`) and `dD` (n, b, b) in float32. With `other` the layer's input was `x * other`."""
+    """`dx` (empty without `with_dx`) and shares of `dD` (shares, n, b, b) in float32, to be added up in their order.
+
+    With `other` the layer's input was `x * other`.
+    """
     n, b, _ = delta.shape
     launch = launch or gradient_launch(b, x.dtype)
     if with_dx and b > launch.tile:
-        return run_transform(g, delta.mT), run_gradient(g, x, delta, False, launch, other)[1]
+        return run_transform(g, delta.mT), run_gradient_shares(g, x, delta, False, launch, other)[1]
     dx = torch.empty(x.shape if with_dx else (0, n * b), dtype=g.dtype, device=g.device)
     num_rows = x.numel() // (n * b)
     if num_rows == 0:
-        return dx, torch.zeros(n, b, b, dtype=torch.float32, device=x.device)
+        return dx, torch.zeros(1, n, b, b, dtype=torch.float32, device=x.device)
     g, g_stride = evenly_spaced(g, n * b)
     x, x_stride = evenly_spaced(x, n * b)
     if other is not None:
@@ -278,7 +281,15 @@ def run_gradient(
         INTERPRETED,
         num_warps=launch.warps,
     )
-    return dx, shares_snbb[0] if shares == 1 else shares_snbb.sum(0)
+    return dx, shares_snbb
+
+
+def run_gradient(
+    g: torch.Tensor, x: torch.Tensor, delta: torch.Tensor, with_dx: bool, launch: Launch | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`dx` (empty without `with_dx`) and `dD` (n, b, b) in float32."""
+    dx, shares_snbb = run_gradient_shares(g, x, delta, with_dx, launch)
+    return dx, shares_snbb[0] if len(shares_snbb) == 1 else shares_snbb.sum(0)
 
 
 # PyTorch's view of it. The functions of `torch.library` that `custom_op` is made of: half its cost a call.

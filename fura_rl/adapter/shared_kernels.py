@@ -9,13 +9,15 @@ Shapes: T rows, n blocks, b block size, K = n * b features, c = 2 or 3 adapters;
 block.
 """
 
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from .delta_kernels import Tensors, run_delta, run_delta_gradient
+from .delta_kernels import Tensors, run_delta_gradients, run_deltas
 from .kernels import Launch, _dot, evenly_spaced, padded
 from .triton_launch import INTERPRETED, Kernel
 
@@ -141,12 +143,12 @@ shared_gradient_kernel = Kernel(_shared_gradient_kernel)
 
 def transform_launch(b: int) -> Launch:
     tile = padded(b)
-    return Launch(tile, rows=128 if tile <= 32 else 64, residents=4, warps=4, stages=3)
+    return Launch(tile, rows=128, residents=4, warps=8 if tile == 64 else 4, stages=3)
 
 
-def gradient_launch(b: int) -> Launch:
+def gradient_launch(b: int, count: int) -> Launch:
     tile = padded(b)
-    return Launch(tile, rows=64, residents=2, warps=4 if tile <= 32 else 8, stages=2)
+    return Launch(tile, rows=64, residents=2 if count == 2 else 1, warps=4, stages=3)
 
 
 def run_shared_transform(x: torch.Tensor, delta_cnbb: torch.Tensor, launch: Launch | None = None) -> list[torch.Tensor]:
@@ -176,20 +178,20 @@ def run_shared_transform(x: torch.Tensor, delta_cnbb: torch.Tensor, launch: Laun
     return outputs
 
 
-def run_shared_gradient(
+def run_shared_gradient_shares(
     gradients: list[torch.Tensor],
     x: torch.Tensor,
     delta_cnbb: torch.Tensor,
     with_dx: bool,
     launch: Launch | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """`dx` (None without `with_dx`) and `dD` (c, n, b, b) in float32."""
+    """`dx` (None without `with_dx`) and shares of every `dD` (shares, c, n, b, b) in float32, to be added in order."""
     count, n, b, _ = delta_cnbb.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if with_dx else None
     num_rows = x.numel() // (n * b)
     if num_rows == 0:
-        return dx, torch.zeros(delta_cnbb.shape, dtype=torch.float32, device=x.device)
-    launch = launch or gradient_launch(b)
+        return dx, torch.zeros(1, *delta_cnbb.shape, dtype=torch.float32, device=x.device)
+    launch = launch or gradient_launch(b, count)
     x, x_stride = evenly_spaced(x, n * b)
     gradients = [g.contiguous() for g in gradients]
     shares = launch.shares(num_rows, n, x.device)
@@ -210,7 +212,7 @@ def run_shared_gradient(
         INTERPRETED,
         num_warps=launch.warps,
     )
-    return dx, shares_scnbb[0] if shares == 1 else shares_scnbb.sum(0)
+    return dx, shares_scnbb
 
 
 class SharedMultiply(torch.autograd.Function):
@@ -224,11 +226,7 @@ class SharedMultiply(torch.autograd.Function):
             merged: the cores carry the singular values.
             flat: basis, sigma, core and scale of each adapter, one adapter after the other.
         """
-        adapters = _adapters(flat)
-        core = adapters[0][2]
-        delta_cnbb = torch.empty(len(adapters), *core.shape, dtype=x.dtype, device=x.device)
-        for tensors, delta in zip(adapters, delta_cnbb, strict=True):
-            run_delta(tensors, merged, False, out=delta)
+        delta_cnbb = run_deltas(_adapters(flat), merged, False, x.dtype)
         ctx.merged = merged
         ctx.save_for_backward(x, delta_cnbb, *flat)
         return tuple(run_shared_transform(x, delta_cnbb))
@@ -236,13 +234,12 @@ class SharedMultiply(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple:
         x, delta_cnbb, *flat = ctx.saved_tensors
-        dx, d_delta_cnbb = run_shared_gradient(list(gradients), x, delta_cnbb, ctx.needs_input_grad[0])
-        d_flat: list[torch.Tensor | None] = []
-        for tensors, d_delta in zip(_adapters(tuple(flat)), d_delta_cnbb, strict=True):
-            d_core, d_scale = run_delta_gradient(d_delta, tensors, ctx.merged, False)
-            d_flat += [None, None, d_core, None if tensors[3] is None else d_scale]
-        return dx, None, *d_flat
+        dx, shares = run_shared_gradient_shares(list(gradients), x, delta_cnbb, ctx.needs_input_grad[0])
+        d_cores, d_scales = run_delta_gradients(shares, _adapters(flat), ctx.merged, False)
+        has_scale = flat[3] is not None
+        d_flat = [(None, None, d_core, d_scales[k] if has_scale else None) for k, d_core in enumerate(d_cores)]
+        return dx, None, *chain.from_iterable(d_flat)
 
 
-def _adapters(flat: tuple[torch.Tensor | None, ...]) -> list[Tensors]:
+def _adapters(flat: Sequence[torch.Tensor | None]) -> list[Tensors]:
     return [flat[start : start + 4] for start in range(0, len(flat), 4)]  # type: ignore[misc]

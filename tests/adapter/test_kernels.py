@@ -198,7 +198,7 @@ def test_delta_and_its_gradients(device, n, b, form, side):
     expected_gradients = torch.autograd.grad(expected, exact, g.double().cpu())
 
     assert relative_error(run_delta(tensors, merged, transposed), expected.detach()) < 2.0**-20
-    gradients = run_delta_gradient(g, tensors, merged, transposed)
+    gradients = run_delta_gradient(torch.stack([g / 4, g / 4, g / 2]), tensors, merged, transposed)
     for gradient, expected_gradient in zip(gradients, expected_gradients, strict=False):
         assert relative_error(gradient, expected_gradient) < 2.0**-20
     assert len(expected_gradients) == 2 or gradients[1].numel() == 0
@@ -210,14 +210,14 @@ def test_delta_and_its_gradients(device, n, b, form, side):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_one_operator_is_its_parts(device, form, side, dtype):
     from fura_rl.adapter.delta_kernels import run_delta, run_delta_gradient
-    from fura_rl.adapter.kernels import run_gradient, run_transform
+    from fura_rl.adapter.kernels import run_gradient_shares, run_transform
 
     n, b, merged, transposed = 2, 24, form == "merged", side == "output"
     basis, sigma, core, scale = tensors = trained_tensors(device, n, b, form)
     x, g, _ = inputs(device, dtype, n, b, rows=50)
     delta = run_delta(tensors, merged, transposed, dtype)
-    dx, d_delta = run_gradient(g, x, delta, with_dx=True)
-    d_core, d_scale = run_delta_gradient(d_delta, tensors, merged, transposed)
+    dx, shares = run_gradient_shares(g, x, delta, with_dx=True)
+    d_core, d_scale = run_delta_gradient(shares, tensors, merged, transposed)
 
     leaves = [t.requires_grad_() for t in (x, core, scale) if t is not None]
     y = transform.block_multiply(x, basis, sigma, core, scale, merged=merged, transposed=transposed)
@@ -319,7 +319,8 @@ def test_checkpointing_changes_no_gradient(adapted_model, monkeypatch):
     model.gradient_checkpointing_enable({"use_reentrant": False})
     checkpointed_loss, checkpointed = loss_and_gradients(model, "triton", monkeypatch)
     assert torch.equal(loss, checkpointed_loss)
-    assert all(torch.equal(gradients[name], checkpointed[name]) for name in gradients)
+    for name, gradient in gradients.items():  # but for roundings of float32: checkpointing keeps inputs, not factors
+        torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("device", DEVICES[-1:])  # too many launches for the interpreter

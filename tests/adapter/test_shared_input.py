@@ -26,13 +26,15 @@ def test_shared_input_in_the_interpreter():
 @pytest.mark.parametrize(("count", "n", "b"), [(2, 2, 64), (3, 3, 24), (2, 5, 3)])
 @pytest.mark.parametrize("rows", [0, 65, 321])
 def test_shared_input_against_float64(device, dtype, count, n, b, rows):
-    from fura_rl.adapter.shared_kernels import run_shared_gradient, run_shared_transform
+    from fura_rl.adapter.shared_kernels import run_shared_gradient_shares, run_shared_transform
 
     x = inputs(device, dtype, n, b, rows)[0]
     parts = [inputs(device, dtype, n, b, rows, seed)[1:] for seed in range(1, count + 1)]
     delta_cnbb = torch.stack([delta for _, delta in parts]).to(dtype)
     outputs = run_shared_transform(x, delta_cnbb)
-    dx, d_delta_cnbb = run_shared_gradient([g for g, _ in parts], x, delta_cnbb, True)
+    gradients = [g for g, _ in parts]
+    dx, shares = run_shared_gradient_shares(gradients, x, delta_cnbb, True)
+    d_delta_cnbb = shares.sum(0)
     expected_dx = 0
     for y, (g, delta), d_delta in zip(outputs, parts, d_delta_cnbb, strict=True):
         expected = reference(x, g, delta, dtype)
@@ -40,15 +42,15 @@ def test_shared_input_against_float64(device, dtype, count, n, b, rows):
         assert relative_error(y, expected[0]) < ROUNDING[dtype]
         assert relative_error(d_delta, expected[2]) < 2.0**-18
     assert relative_error(dx, expected_dx) < ROUNDING[dtype]
-    assert run_shared_gradient([g for g, _ in parts], x, delta_cnbb, False)[0] is None
+    assert run_shared_gradient_shares(gradients, x, delta_cnbb, False)[0] is None
 
 
 @kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "b"), [(2, 64), (3, 24), (1, 148)])
 def test_gradient_of_an_input_kept_as_its_two_factors(device, dtype, n, b):
-    """The same bits as from the product itself."""
-    from fura_rl.adapter.kernels import run_gradient, supports
+    """As from the product itself; its rounding is the same, but a compiler may fuse it with what follows."""
+    from fura_rl.adapter.kernels import run_gradient_shares, supports
 
     if not supports(b, dtype, torch.device(device)):
         pytest.skip("this dtype has no kernel for such blocks")
@@ -59,8 +61,8 @@ def test_gradient_of_an_input_kept_as_its_two_factors(device, dtype, n, b):
     for other in (right, wide[:, : n * b]):
         assert torch.equal(other, right)
         for with_dx in (True, False):
-            direct = run_gradient(g, x, delta, with_dx)
-            factors = run_gradient(g, left, delta, with_dx, other=other)
+            direct = run_gradient_shares(g, x, delta, with_dx)
+            factors = run_gradient_shares(g, left, delta, with_dx, other=other)
             assert torch.equal(direct[0], factors[0])
             assert relative_error(factors[1], direct[1].double().cpu()) < (2.0**-7 if INTERPRETED else 1e-6)
 
