@@ -4,7 +4,8 @@
   the trackers have them too.
 - `run.json` says at the start what runs: options, versions, devices, number of steps, process.
 - `layers.jsonl` gets a line about every twentieth of the run: the relative norm of each layer's update.
-- `report.html` is written again when it is due; writing it takes at most about 1% of the run's time.
+- `report.html` is written again when it is due; writing it takes at most about 1% of the run's time. While the run goes
+  on it shows a part of a long run's completions, so that the trainer's memory does not grow with them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from transformers.training_args import TrainingArguments
 from fura_rl.adapter import FuraLayer
 from fura_rl.rewards.memory import peak_mib
 from fura_rl.trainer.report import versions, write_summary
-from fura_rl.trainer.report_page import RUN_FACTS, write_report
+from fura_rl.trainer.report_page import LIVE_TEXT, RUN_FACTS, write_report
 
 if TYPE_CHECKING:
     from fura_rl.trainer.grpo import FuraGRPOTrainer
@@ -88,7 +89,7 @@ class ObserverCallback(TrainerCallback):
         """Everything that belongs to the step before has been written by now."""
         if state.is_world_process_zero and time.monotonic() >= self._report_due:
             started = time.monotonic()
-            write_report(self.output)
+            write_report(self.output, LIVE_TEXT)
             now = time.monotonic()
             self._report_due = now + (now - started) / MAX_REPORT_SHARE
 

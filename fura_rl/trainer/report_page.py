@@ -27,7 +27,8 @@ from fura_rl.rewards.messages import text_of
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 RUN_FACTS = "run.json"
-MAX_TEXT = 12_000_000  # characters of completions in a page: a browser stays quick; the files hold all of them
+MAX_TEXT = 12_000_000  # bytes of completions in a page: a browser stays quick; the files hold all of them
+LIVE_TEXT = 500_000  # while the run goes on: the trainer's memory must not grow with the run
 SCORES = ("accuracy", "low", "high", "truncated", "no_answer", "mean_tokens")
 
 
@@ -168,14 +169,18 @@ def completions(folder: Path, limit: int = MAX_TEXT) -> tuple[dict[str, Any], st
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def write_report(path: str | Path) -> Path:
+def write_report(path: str | Path, limit: int = MAX_TEXT) -> Path:
     """Write `report.html` into a run's directory and return its path.
+
+    Args:
+        path: The run's directory.
+        limit: About how many bytes of completions the page may hold.
 
     Raises:
         FuraError: There is no run in it.
     """
     run = read_run(path)
-    shown, note = completions(run.path)
+    shown, note = completions(run.path, limit)
     data = {
         "steps": run.steps,
         "evaluations": run.evaluations,
@@ -208,8 +213,6 @@ def _spectra(run: Run) -> list[dict[str, Any]]:
     """
     saved, kept = run.path / "adapter_model.safetensors", run.path / "spectra.json"
     if run.summary is None or not saved.is_file() or saved.stat().st_mtime < run.facts.get("started", 0.0):
-        return []
-    if json.loads((run.path / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"] != "FURA":
         return []
     config = json.loads((run.path / "adapter_config.json").read_text(encoding="utf-8"))
     if config["peft_type"] != "FURA":
