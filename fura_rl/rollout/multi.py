@@ -71,17 +71,18 @@ def load_adapter(llm: Any, name: str, path: str | Path) -> Any:
 
 def _graph_key() -> str:
     settings = MultiSettings.from_environment()
-    return hashlib.sha256(f"{settings.with_lora} {sorted(settings.block_sizes.items())} 1".encode()).hexdigest()[:16]
+    decides = settings.with_fura, settings.with_lora, sorted(settings.block_sizes.items())
+    return hashlib.sha256(repr(decides).encode()).hexdigest()[:16]
 
 
 def _load(manager: Any, request: Any, load_lora: Callable[[Any, Any], Any]) -> Any:
     """In place of a worker's `_load_adapter`: a `LoRAModel`, or an exception before anything has changed."""
-    settings = MultiSettings.from_environment()
+    layers = multi_names.lora_layers(manager)
+    settings = next((layer.fura_settings for layer, _ in _ours(layers)), MultiSettings())
     if settings.folders is None:
         folder = Path(multi_names.adapter_folder(request.lora_path))
     else:
         folder = AllowedAdapters({}, [Path(root) for root in settings.folders]).find(request.lora_path)
-    layers = multi_names.lora_layers(manager)
     is_fura = _is_fura(folder)
     if is_fura:
         if request.load_inplace and request.lora_int_id in manager.list_adapters():
@@ -91,6 +92,8 @@ def _load(manager: Any, request: Any, load_lora: Callable[[Any, Any], Any]) -> A
             )
         model = multi_names.lora_model(request.lora_int_id, read_deltas(folder, layers))
     elif settings.with_lora:
+        if settings.folders is not None:  # vLLM would look up a relative path elsewhere
+            request = multi_names.with_folder(request, folder)
         model = load_lora(manager, request)
     else:
         raise FuraError(f"{folder} is no FuRA adapter: start the server with --enable-lora to serve LoRA beside FuRA.")

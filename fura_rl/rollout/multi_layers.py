@@ -26,12 +26,14 @@ class PerRequestLayer:
     """Mixed into vLLM's LoRA layers, in front of them.
 
     Attributes:
+        fura_settings: Of the engine, as it was started.
         fura_delta: (A, S, n, b, b) in the engine's dtype, or None if this layer takes no FuRA adapters.
         fura_active: (A, S) int32: whether a slot's adapter changes a part.
         fura_refusal: Why it takes none.
         fura_dense: The weight (rows, K) where vLLM keeps it packed, from the first adapter on.
     """
 
+    fura_settings: MultiSettings
     fura_delta: torch.Tensor | None
     fura_active: torch.Tensor
     fura_dense: torch.Tensor | None
@@ -47,12 +49,13 @@ class PerRequestLayer:
         # on a CPU vLLM's LoRA takes "none" for the last slot: one more, which stays zero
         more = 1 if self.device.type == "cpu" else 0
         super().create_lora_weights(max_loras + more, lora_config, model_config)  # type: ignore[misc]
-        settings = MultiSettings.from_environment()
-        self.fura_with_lora = settings.with_lora
+        self.fura_settings = MultiSettings.from_environment()
         self.fura_delta = self.fura_dense = None
         self.fura_ranks = multi_names.row_shard_ranks(self)
-        b = settings.block_size(self.input_size * self.fura_ranks)
-        if not vllm_names.is_plain_linear(self.base_layer):
+        b = self.fura_settings.block_size(self.input_size * self.fura_ranks)
+        if not self.fura_settings.with_fura:
+            self.fura_refusal = "it was started for LoRA alone"
+        elif not vllm_names.is_plain_linear(self.base_layer):
             self.fura_refusal = "its weights are quantised"
         elif multi_names.traced_on_cpu(self):
             self.fura_refusal = "on a CPU it has to be started with enforce_eager (--enforce-eager)"
@@ -98,7 +101,7 @@ class PerRequestLayer:
             return super().apply(x, bias)  # type: ignore[misc]
         sizes = list(self.output_slices)
         y = gathered_linear(x, weight, bias, self.fura_delta, self.fura_active, rows.ids, rows.any_adapted, sizes)
-        return self._apply_lora_to_output(x, y) if self.fura_with_lora else y  # type: ignore[attr-defined]
+        return self._apply_lora_to_output(x, y) if self.fura_settings.with_lora else y  # type: ignore[attr-defined]
 
     def own_blocks(self, name: str, number: int, delta: torch.Tensor, sample: torch.Tensor | None) -> torch.Tensor:
         """`D` (n, b, b) as this layer keeps it, of the checkpoint's layer `name`, which is part `number` of it.

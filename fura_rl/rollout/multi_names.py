@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,6 +82,13 @@ def adapter_folder(path: str) -> str:
     return get_adapter_absolute_path(path)
 
 
+def with_folder(request: Any, folder: Path) -> Any:
+    """A `LoRARequest` for the adapter in `folder`."""
+    import msgspec
+
+    return msgspec.structs.replace(request, lora_path=str(folder))
+
+
 def lora_layers(manager: Any) -> dict[str, tuple[nn.Module, int]]:
     """Checkpoint layer -> the wrapped layer that holds it and its number there, of a worker's LoRA manager."""
     adapters = attribute(manager, "_adapter_manager")
@@ -114,12 +122,12 @@ def part_rows(layer: nn.Module, number: int) -> tuple[int, int]:
 
 
 def traced_on_cpu(layer: nn.Module) -> bool:
-    """Whether the engine that is being made will compile a wrapped layer that is on a CPU."""
+    """Whether the engine that is being made compiles a wrapped layer that is on a CPU. With LoRA, vLLM does not."""
     from vllm.config.vllm import get_current_vllm_config_or_none
 
     config = get_current_vllm_config_or_none()
     on_cpu = attribute(layer, "device").type == "cpu"
-    return on_cpu and config is not None and not attribute(config, "model_config.enforce_eager")
+    return on_cpu and config is not None and attribute(config, "compilation_config.mode") != 0
 
 
 def dense_weight(module: nn.Module) -> torch.Tensor:

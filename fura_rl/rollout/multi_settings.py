@@ -22,11 +22,13 @@ class MultiSettings:
 
     Attributes:
         folders: Below which adapters may be loaded; None for anywhere, as vLLM does.
+        with_fura: Whether FuRA adapters may be loaded; without, vLLM's LoRA is as it was.
         with_lora: Whether ordinary LoRA adapters may be loaded as well; without, their kernels are left out.
         block_sizes: Features of a layer's input -> the size of its blocks, where it is not that of the closest factors.
     """
 
     folders: list[str] | None = None
+    with_fura: bool = True
     with_lora: bool = True
     block_sizes: dict[int, int] = field(default_factory=dict)
 
