@@ -100,8 +100,14 @@ def plan_sweep(path: Path) -> list[SweepRun]:
     return runs
 
 
-def train_one(run: SweepRun, gpu: int | None = None) -> int:
-    """Make a run, or go on with it; its output goes to `log.txt`. Returns the exit status."""
+def train_one(run: SweepRun, gpu: int | None = None, threads: int | None = None) -> int:
+    """Make a run, or go on with it; its output goes to `log.txt`. Returns the exit status.
+
+    Args:
+        run: Which.
+        gpu: The only one that it may see; None leaves that as it is.
+        threads: Of the CPU; None leaves that as it is.
+    """
     run.folder.mkdir(parents=True, exist_ok=True)
     options = dict(run.options)
     if list_checkpoints(run.folder):
@@ -111,21 +117,25 @@ def train_one(run: SweepRun, gpu: int | None = None) -> int:
     environment = dict(os.environ)
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
     with (run.folder / "log.txt").open("a", encoding="utf-8") as log:
         command = [sys.executable, "-m", "fura_rl.train_grpo", "--config", str(recipe)]
         return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
 
 
-def train_all(runs: list[SweepRun], gpus: int) -> list[SweepRun]:
-    """Make the runs that are missing, as many at a time as there are GPUs; returns those that failed."""
+def train_all(runs: list[SweepRun], gpus: int, jobs: int = 1) -> list[SweepRun]:
+    """Make the runs that are missing, `jobs` at a time on each GPU, or on the CPU; returns those that failed."""
+    slots = [gpu for gpu in (range(gpus) if gpus else [None]) for _ in range(jobs)]
+    threads = max((os.cpu_count() or 1) // len(slots), 1) if jobs > 1 else None
     free: Queue[int | None] = Queue()
-    for gpu in range(gpus) if gpus else [None]:
-        free.put(gpu)
+    for slot in slots:
+        free.put(slot)
 
     def make(run: SweepRun) -> bool:
         gpu = free.get()
         try:
-            status = train_one(run, gpu)
+            status = train_one(run, gpu, threads)
         finally:
             free.put(gpu)
         curve = run.curve()
@@ -135,7 +145,7 @@ def train_all(runs: list[SweepRun], gpus: int) -> list[SweepRun]:
 
     missing = [run for run in runs if run.summary is None]
     print(f"{len(runs)} runs, {len(runs) - len(missing)} done before", flush=True)
-    with ThreadPoolExecutor(max(gpus, 1)) as pool:
+    with ThreadPoolExecutor(len(slots)) as pool:
         return [run for run, good in zip(missing, pool.map(make, missing), strict=True) if not good]
 
 
@@ -227,8 +237,11 @@ def plot_sweep(runs: list[SweepRun], rows: list[dict[str, Any]], path: Path) -> 
 def sweep_command(
     path: Annotated[Path, typer.Argument(metavar="SWEEP.yaml")],
     gpus: Annotated[
-        int, typer.Option(help="Runs at a time, each on a GPU of its own; 0 makes one after the other.")
+        int, typer.Option(help="Spread the runs over the first N GPUs of this host; 0 leaves devices as they are.")
     ] = 0,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Runs at a time on each GPU, or on the CPU, whose cores they share.")
+    ] = 1,
     only: Annotated[
         int | None, typer.Option(help="Make only the run of this number (from 0), for a job array.")
     ] = None,
@@ -246,7 +259,7 @@ def sweep_command(
             raise FuraError(f"{path} has runs 0 to {len(runs) - 1}; there is no run {only}.")
         failed = train_all([runs[only]], gpus=0)
     else:
-        failed = [] if table else train_all(runs, gpus)
+        failed = [] if table else train_all(runs, gpus, jobs)
         rows = summarise(runs)
         if rows:
             folder = runs[0].folder.parent

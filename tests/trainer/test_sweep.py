@@ -98,17 +98,19 @@ def test_missing_runs_are_made_and_finished_ones_are_not(sweep, tmp_path, tiny_m
         max_steps=1, per_device_train_batch_size=8, num_generations=8, max_completion_length=16, use_vllm=False,
         benchmarks=[str(tiny_problems / "test.jsonl")], benchmark_max_tokens=16, save_strategy="no",
     )  # fmt: skip
-    path = sweep({"fura": {}, "lora": {"lora_r": 4}}, recipe=recipe)
+    control = {"method": "fura", "basis": "identity"}
+    path = sweep({"fura": {}, "lora": {"lora_r": 4}, "control": control}, recipe=recipe)
     finish(plan_sweep(path)[1], 0.0, 0.25, steps=1)
-    sweep_command(path)
+    sweep_command(path, jobs=2)
     printed = capsys.readouterr().out
-    assert "2 runs, 1 done before" in printed and "| lora | - | 0.250 |" in printed
+    assert "3 runs, 1 done before" in printed and "| lora | - | 0.250 |" in printed
     out = tmp_path / "out"
-    assert {row["method"] for row in json.loads((out / "sweep.json").read_text())} == {"fura", "lora"}
+    assert {row["method"] for row in json.loads((out / "sweep.json").read_text())} == {"fura", "lora", "control"}
+    assert json.loads((out / "control-seed=1" / "adapter_config.json").read_text())["basis"] == "identity"
     assert (out / "sweep.png").stat().st_size > 0
     assert (out / "fura-seed=1" / "adapter_model.safetensors").exists()
     sweep_command(path)
-    assert "2 runs, 2 done before" in capsys.readouterr().out
+    assert "3 runs, 3 done before" in capsys.readouterr().out
 
 
 def test_a_failed_run_is_named(sweep, tmp_path, capsys):
