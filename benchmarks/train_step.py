@@ -1,7 +1,7 @@
 r"""One training step, side by side: FuRA, its published form, LoRA, DoRA, OFT, full fine-tuning, and the floor.
 
     python benchmarks/train_step.py [--shape qwen3-1.7b] [--layers 28] [--tokens 16384] [--checkpointing] [--compile]
-        [--rows lora_r32 fura]
+        [--fsdp] [--rows lora_r32 fura]
 
 Decoder layers of Qwen3 in the shape of a model, with random weights in bf16, under bf16 autocast as trainers run it;
 without embedding and output head, which no method touches. A step is forward, backward and AdamW (fused) on `--tokens`
@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import shlex
 import statistics
 import sys
@@ -32,9 +33,11 @@ from dataclasses import dataclass, field
 
 import peft
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from transformers import Qwen3Config, Qwen3Model
 
 from fura_rl.adapter import FuraConfig, transform
@@ -63,7 +66,7 @@ class PublishedFura(nn.Module):
         left, sigma, right = torch.linalg.svd(blocks, full_matrices=False)
         self.register_buffer("left", left.transpose(0, 1).reshape(weight.shape).to(weight.dtype))
         self.s = nn.Parameter(sigma.flatten().to(weight.dtype))
-        self.core = nn.Parameter(right.to(weight.dtype))
+        self.core = nn.Parameter(right.to(weight.dtype).contiguous())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         n, b, _ = self.core.shape
@@ -103,6 +106,20 @@ METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "fura_torch": with_adapter(FuraConfig()),
 }
 OWN_WEIGHTS = {"full", "published"}  # these do without the shared frozen weights
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if type(module).__name__ == "Qwen3DecoderLayer"]
+
+
+def shard(model: nn.Module) -> None:
+    """FSDP2, a unit a decoder layer, in a group of this one process: what its bookkeeping costs, no communication."""
+    if not dist.is_initialized():
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", rank=0, world_size=1)
+    for layer in decoder_layers(model):
+        fully_shard(layer)
+    fully_shard(model)
 
 
 @dataclass
@@ -145,9 +162,9 @@ class Bench:
             torch.cuda.synchronize()
 
     def build(self, name: str) -> Row:
-        """The method on a model that shares the frozen weights, but for full fine-tuning, which needs its own."""
+        """The method on a model that shares the frozen weights, unless it trains or shards them."""
         before = self.allocated()
-        shared = {} if name == "full" else {id(p): p for p in self.base.parameters()}
+        shared = {} if name == "full" or self.args.fsdp else {id(p): p for p in self.base.parameters()}
         model = copy.deepcopy(self.base, shared)
         self.synchronize()
         start = time.perf_counter()
@@ -156,10 +173,11 @@ class Bench:
         row = Row(name, model.train(), time.perf_counter() - start)
         if self.args.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.args.fsdp:
+            shard(model)
         if self.args.compile:
-            for module in model.modules():
-                if type(module).__name__ == "Qwen3DecoderLayer":
-                    module.compile()
+            for layer in decoder_layers(model):
+                layer.compile()
         trained = [p for p in model.parameters() if p.requires_grad]
         row.trainable = sum(p.numel() for p in trained)
         if trained:
@@ -225,7 +243,7 @@ class Bench:
     def peak_gib(self, row: Row) -> float | None:
         if self.device.type == "cpu":
             return None
-        shared = 0 if row.name in OWN_WEIGHTS else sum(p.nbytes for p in self.base.parameters())
+        shared = 0 if row.name in OWN_WEIGHTS or self.args.fsdp else sum(p.nbytes for p in self.base.parameters())
         return (shared + row.own_bytes + row.extra_bytes) / 2**30
 
 
@@ -284,6 +302,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing of each decoder layer")
     parser.add_argument("--compile", action="store_true", help="torch.compile of each decoder layer")
+    parser.add_argument("--fsdp", action="store_true", help="FSDP2 on this one device")
     parser.add_argument("--tiny", action="store_true", help="small shapes on the CPU")
     args = parser.parse_args()
     if args.tiny:
@@ -300,7 +319,7 @@ def main() -> None:
     device = torch.cuda.get_device_name() if bench.device.type == "cuda" else "CPU"
     title = "tiny" if args.tiny else args.shape
     title += f", {args.layers} layers, {args.tokens:,} tokens in sequences of {args.sequence:,}, {device}"
-    title += ", checkpointing" * args.checkpointing + ", compiled" * args.compile
+    title += ", checkpointing" * args.checkpointing + ", compiled" * args.compile + ", FSDP2" * args.fsdp
     Console(width=120).print(table(results, title))
     print(json.dumps(dict(title=title, command=shlex.join(sys.argv), date=time.strftime("%Y-%m-%d"), rows=results)))
 
