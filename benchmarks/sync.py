@@ -1,18 +1,21 @@
-r"""What a sync of the merged policy into a colocated engine costs, against copying the weights once and TRL's own path.
+r"""What a sync of the merged policy into an engine costs and how exact it is.
 
-    python benchmarks/sync.py [--model DIR_OR_NAME | --shape qwen3-1.7b] [--rounds 5] [--dtype bfloat16]
+    python benchmarks/sync.py [--shape qwen3-1.7b] [--model DIR_OR_NAME] [--rounds 5] [--no-server] [--dtype bfloat16]
 
-One engine in this process and one policy with FuRA on all linear layers; then the same policy with LoRA r=32.
+For each model, one engine in this process and, on the same device, one server (`fura-rl serve --for-training`):
 
 - `copy`: every weight of the policy copied once into memory of its own, on the device: the floor.
-- `merge`: the merged stream computed and dropped.
-- `fura`: the merged stream loaded into the engine (after the first push: adapted tensors only, where the engine keeps
-  the others; vLLM's CPU build repacks its weights and takes all of them each time).
-- `trl, fura` and `trl, lora_r32`: `merge_adapter`, all parameters loaded into the engine, `unmerge_adapter`.
+- `fura`: our sync of a colocated engine, as training does it: adapted layers merged into the engine's storage.
+- `fura, by name`: the same weights as a stream through vLLM's loader.
+- `trl, fura` and `trl, lora_r32`: `merge_adapter`, all parameters through the loader, `unmerge_adapter`.
+- `server, adapter`: what is trained is collected, sent over HTTP and merged there; the first push has the basis too.
+- `server, merged`: bytes only: NCCL needs a GPU for each side.
 
-`drift` is the largest change that the round leaves in the trainer's base weights; `extra GiB` the peak of GPU memory
-above what was allocated before. `bytes` compares what an adapter-only transport sends with the whole merged policy.
-Medians over rounds; table, then JSON on the last line.
+`drift` is the largest change that the rounds leave in the trainer's base weights; `extra GiB` the peak of GPU memory
+above what was allocated before. Then the mean |log-prob difference| between trainer and engine: after a sync, of tokens
+decoded (by CUDA graphs, where there are any), and after sleeping; for a checkpoint also that of the base model itself
+and of updates of two sizes under nearest and stochastic rounding. Medians over rounds; tables, then JSON on the last
+line.
 """
 
 from __future__ import annotations
@@ -21,23 +24,33 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process, as a colocated one is
+sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
+from sync_server import SyncServer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
 from fura_rl import FuraConfig
-from fura_rl.rollout import merged_weights
+from fura_rl.rollout import merged_weights, vllm_names
+from fura_rl.rollout.availability import vllm_problem
+from fura_rl.rollout.engine import FuraVLLMGeneration
+from fura_rl.rollout.probe import next_token_logprobs, probe_sequences
+from fura_rl.trainer.observe import relative_norms
 
+TOKENIZER = Path(__file__).parents[1] / "examples" / "tiny" / "model"  # of random models
 SHAPES = {
     "qwen3-1.7b": dict(
         vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16,
@@ -48,27 +61,52 @@ SHAPES = {
         num_key_value_heads=1, head_dim=64, tie_word_embeddings=True, max_position_embeddings=512,
     ),
 }  # fmt: skip
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+ENGINE = dict(max_model_len=512, max_num_seqs=32, enable_prefix_caching=False, kv_cache_memory_bytes=2**30)
+# CUDA graphs without torch.compile, which takes a minute
+GRAPHS = dict(compilation_config=dict(mode=0, cudagraph_mode="FULL_DECODE_ONLY", cudagraph_capture_sizes=[1, 4, 32]))
+FURA = FuraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+LORA = LoraConfig(r=32, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-class Engine:
-    """A vLLM engine in this process, and how weights get into it."""
+STARTED = time.perf_counter()
 
-    def __init__(self, model: str, dtype: str, dummy: bool) -> None:
-        from vllm import LLM
 
-        self.llm: Any = LLM(
-            model, dtype=dtype, enforce_eager=True, skip_tokenizer_init=dummy, max_model_len=512, max_num_seqs=8,
-            load_format="dummy" if dummy else "auto", gpu_memory_utilization=0.4, enable_prefix_caching=False,
-        )  # fmt: skip
+def log(*words: object) -> None:
+    """What is known so far, on stderr."""
+    print(f"[{time.perf_counter() - STARTED:6.1f} s]", *words, file=sys.stderr, flush=True)
 
-    def load(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-        if DEVICE == "cpu":  # linear weights are packed there
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-            return
-        model = self.llm.llm_engine.model_executor.driver_worker.model_runner.model
-        for name, tensor in weights:
-            model.load_weights([(name, tensor)])
+
+def make_checkpoint(shape: str, folder: Path, dtype: torch.dtype) -> None:
+    """A model with random weights and a tokenizer of fewer tokens than it has."""
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        AutoModelForCausalLM.from_config(Qwen3Config(**SHAPES[shape]), dtype=dtype).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
+
+
+def make_policy(path: str, dtype: torch.dtype, config: Any) -> PeftModel:
+    base = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(DEVICE)
+    return move(get_peft_model(base, config), 0.01)
+
+
+@torch.no_grad()
+def move(model: PeftModel, std: float) -> PeftModel:
+    """Another adapter: its trained tensors drawn anew; 0 is the base model."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            noise = torch.randn_like(parameter) * std
+            parameter.copy_(noise if "fura" in name else parameter + noise)
+    return model
+
+
+def make_engine(model: PeftModel, tokenizer: Any, sleeps: bool) -> FuraVLLMGeneration:
+    return FuraVLLMGeneration(
+        model, Accelerator(cpu=not CUDA), tokenizer, gpu_memory_utilization=0.3, enable_sleep_mode=sleeps,
+        max_model_length=ENGINE["max_model_len"], max_num_seqs=ENGINE["max_num_seqs"],
+        engine_kwargs={**ENGINE, "max_num_batched_tokens": 4096, **(GRAPHS if CUDA else {})},
+    )  # fmt: skip
 
 
 def stock_stream(model: PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
@@ -79,26 +117,14 @@ def stock_stream(model: PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
             yield name.replace("modules_to_save.default.", ""), parameter.data
 
 
-def stock_sync(model: PeftModel, engine: Engine) -> None:
+def stock_sync(model: PeftModel, engine: FuraVLLMGeneration) -> None:
     model.merge_adapter()
-    engine.load(stock_stream(model))
-    model.unmerge_adapter()
-
-
-def policy(source: str, dtype: torch.dtype, config: Any, dummy: bool) -> PeftModel:
-    """The model on the device, adapted, with an adapter that has moved."""
-    torch.manual_seed(0)
-    if dummy:
-        with torch.device(DEVICE):
-            base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=dtype)
+    if engine._packed:
+        engine._load(stock_stream(model))
     else:
-        base = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(DEVICE)
-    model = get_peft_model(base, config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.01 * torch.randn_like(parameter))
-    return model
+        for pair in stock_stream(model):
+            vllm_names.model_of(engine.llm).load_weights([pair])
+    model.unmerge_adapter()
 
 
 def base_tensors(model: PeftModel) -> list[torch.Tensor]:
@@ -106,101 +132,176 @@ def base_tensors(model: PeftModel) -> list[torch.Tensor]:
 
 
 def measure(name: str, action: Callable[[], object], model: PeftModel, rounds: int) -> dict[str, Any]:
-    """Median seconds, extra memory and drift of `rounds` rounds after one of warm-up."""
-    before = [tensor.to("cpu", copy=True) for tensor in base_tensors(model)]
+    """Median seconds, extra memory and drift of `rounds` rounds after two of warm-up."""
+    before = [tensor.clone() for tensor in base_tensors(model)]
     seconds, extra = [], 0.0
-    for number in range(rounds + 1):
-        if DEVICE == "cuda":
+    for number in range(rounds + 2):
+        if CUDA:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        allocated = torch.cuda.memory_allocated() if DEVICE == "cuda" else 0
+        allocated = torch.cuda.memory_allocated() if CUDA else 0
         started = time.perf_counter()
         action()
-        if DEVICE == "cuda":
+        if CUDA:
             torch.cuda.synchronize()
             extra = max(extra, (torch.cuda.max_memory_allocated() - allocated) / 2**30)
-        if number:
+        if number > 1:
             seconds.append(time.perf_counter() - started)
-    drift = max(float((a - b.cpu()).abs().max()) for a, b in zip(before, base_tensors(model), strict=True))
+    log(name, statistics.median(seconds), f"extra {extra:.3f} GiB")
+    drift = max(float((a - b).abs().max()) for a, b in zip(before, base_tensors(model), strict=True))
     return {"row": name, "seconds": statistics.median(seconds), "all": seconds, "extra_gib": extra, "drift": drift}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Seconds of a weight sync into a colocated engine.")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", help="checkpoint or hub name")
-    source.add_argument("--shape", choices=SHAPES, help="random weights of this shape")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dtype", default="bfloat16" if DEVICE == "cuda" else "float32")
-    arguments = parser.parse_args()
+@torch.no_grad()
+def policy_logprobs(model: PeftModel, ids_bt: torch.Tensor) -> torch.Tensor:
+    return next_token_logprobs(model(input_ids=ids_bt.to(DEVICE)).logits, ids_bt.to(DEVICE)).cpu()
+
+
+def gap(model: PeftModel, engine: FuraVLLMGeneration, ids_bt: torch.Tensor) -> float:
+    """Mean |log-prob difference| of trainer and engine on given tokens, in nats."""
+    return float((policy_logprobs(model, ids_bt) - torch.tensor(engine.score(ids_bt.tolist()))).abs().mean())
+
+
+def sample(
+    engine: FuraVLLMGeneration, prompts_bt: torch.Tensor, n: int, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts with sampled completions, (B n, T + length), and the engine's log-probs of the latter."""
+    from vllm import SamplingParams
+
+    options = SamplingParams(n=n, max_tokens=length, ignore_eos=True, logprobs=0, seed=0)
+    prompts = [{"prompt_token_ids": ids} for ids in prompts_bt.tolist()]
+    outputs = [o for out in engine.llm.generate(prompts, options, use_tqdm=False) for o in out.outputs]
+    logprobs = [[e[t].logprob for t, e in zip(o.token_ids, o.logprobs, strict=True)] for o in outputs]
+    completions = torch.tensor([o.token_ids for o in outputs])
+    return torch.cat([prompts_bt.repeat_interleave(n, 0), completions], 1), torch.tensor(logprobs)
+
+
+def checks(model: PeftModel, engine: FuraVLLMGeneration, ids_bt: torch.Tensor) -> dict[str, float]:
+    """Whether the engine has the policy's weights, after a sync and after each kind of sleep."""
+    move(model, 0.02)
+    engine.sync_weights()
+    found = {"after a sync": gap(model, engine, ids_bt)}
+    whole, decoded = sample(engine, ids_bt, 1, 32)
+    found["decoded"] = float((policy_logprobs(model, whole)[:, -32:] - decoded).abs().mean())
+    for level in (1, 2) if engine.enable_sleep_mode else ():
+        engine.sleep_level = level
+        engine.llm.sleep()
+        move(model, 0.02)
+        engine.sync_weights()
+        found[f"after sleep {level}"] = gap(model, engine, ids_bt)
+    return found
+
+
+def rounding_gaps(model: PeftModel, engine: FuraVLLMGeneration, prompts_bt: torch.Tensor) -> list[dict[str, Any]]:
+    """The gap of the base model itself, and of updates of two sizes, on tokens that the base has sampled."""
+    move(model, 0.0)
+    engine.sync_weights()
+    ids_bt, _ = sample(engine, prompts_bt, 8, 96)
+    rows = [{"update": 0.0, "rounding": "-", "gap": gap(model, engine, ids_bt)}]
+    for std in (0.001, 0.005):
+        move(model, std)
+        norms = relative_norms(model).values()
+        for rounding in ("nearest", "stochastic"):
+            engine.rounding = rounding
+            engine.sync_weights()
+            size = sum(norms) / len(norms)
+            rows.append({"update": size, "rounding": rounding, "gap": gap(model, engine, ids_bt)})
+    engine.rounding = "nearest"
+    return rows
+
+
+def run(
+    path: str, server: SyncServer | None, arguments: argparse.Namespace, *, random: bool, sleeps: bool
+) -> dict[str, Any]:
     dtype = getattr(torch, arguments.dtype)
-    with tempfile.TemporaryDirectory() as folder:
-        path = arguments.model
-        if arguments.shape:
-            path = str(Path(folder) / "model")
-            Qwen3Config(**SHAPES[arguments.shape], architectures=["Qwen3ForCausalLM"]).save_pretrained(path)
-        rows, sizes = run(path, dtype, arguments)
-    print_table(rows, sizes, arguments)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = make_policy(path, dtype, FURA)
+    rows = [measure_copy(model, arguments.rounds)]
+    engine = make_engine(model, tokenizer, sleeps)
+    report = {"rows": rows + fura_rows(model, engine, arguments.rounds), "gaps": {}}
+    assert engine._in_place is not None and engine._in_place.complete
+    ids_bt = probe_sequences(tokenizer)
+    report["gaps"] = checks(model, engine, ids_bt)
+    if not random:
+        report["rounding"] = rounding_gaps(model, engine, ids_bt)
+    log(report["gaps"], report.get("rounding"))
+    lora = make_policy(path, dtype, LORA)
+    report["rows"].append(measure("trl, lora_r32", lambda: stock_sync(lora, engine), lora, arguments.rounds))
+    tensors = [tensor.nbytes for _, tensor in merged_weights(model)]
+    report |= {"merged_bytes": sum(tensors), "largest_matrix_gib": max(tensors) / 2**30}
+    if server is not None:
+        report["server"] = server.measure(move(model, 0.01), ids_bt, policy_logprobs, arguments.rounds)
+    return report
 
 
-def fura_rows(engine: Engine, model: PeftModel, rounds: int) -> tuple[list[dict[str, Any]], dict[str, int]]:
+def measure_copy(model: PeftModel, rounds: int) -> dict[str, Any]:
     twins = [torch.empty_like(tensor) for tensor in base_tensors(model)]
 
     def copy_all() -> None:
         for twin, tensor in zip(twins, base_tensors(model), strict=True):
             twin.copy_(tensor)
 
-    def merge_only() -> None:
-        for _ in merged_weights(model):
-            pass
-
-    rows = [measure("copy", copy_all, model, rounds)]
-    twins.clear()
-    rows.append(measure("merge", merge_only, model, rounds))
-    engine.load(merged_weights(model))
-    only_adapted = DEVICE == "cuda"
-    rows.append(measure("fura", lambda: engine.load(merged_weights(model, only_adapted=only_adapted)), model, rounds))
-    rows.append(measure("trl, fura", lambda: stock_sync(model, engine), model, rounds))
-    sizes = {
-        "merged": sum(tensor.numel() * tensor.element_size() for _, tensor in merged_weights(model)),
-        "adapter": sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),
-    }
-    return rows, sizes
+    return measure("copy", copy_all, model, rounds)
 
 
-def run(path: str, dtype: torch.dtype, arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    dummy = arguments.shape is not None
-    engine = Engine(path, arguments.dtype, dummy)
-    config = FuraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
-    rows, sizes = fura_rows(engine, policy(path, dtype, config, dummy), arguments.rounds)
-    lora = policy(path, dtype, LoraConfig(r=32, lora_alpha=64, target_modules="all-linear"), dummy)
-    rows.append(measure("trl, lora_r32", lambda: stock_sync(lora, engine), lora, arguments.rounds))
-    return rows, sizes
+def fura_rows(model: PeftModel, engine: FuraVLLMGeneration, rounds: int) -> list[dict[str, Any]]:
+    engine.sync_weights()  # the first one, through vLLM's loader
+    only_adapted = CUDA  # packed layers are reloaded whole
+    return [
+        measure("fura", engine.sync_weights, model, rounds),
+        measure("fura, by name", lambda: engine._load(engine._stream(only_adapted=only_adapted)), model, rounds),
+        measure("trl, fura", lambda: stock_sync(model, engine), model, rounds),
+    ]
 
 
-def print_table(rows: list[dict[str, Any]], sizes: dict[str, int], arguments: argparse.Namespace) -> None:
-    floor = rows[0]["seconds"]
-    table = Table("sync", "seconds", "x copy", "extra GiB", "drift of the base")
-    for row in rows:
-        extra = f"{row['extra_gib']:.2f}" if DEVICE == "cuda" else "-"
-        table.add_row(
-            row["row"], f"{row['seconds']:.4f}", f"{row['seconds'] / floor:.2f}", extra, f"{row['drift']:.1e}"
-        )
-    Console().print(table)
-    share = sizes["adapter"] / sizes["merged"]
-    print(f"bytes: merged {sizes['merged']:,}, adapter {sizes['adapter']:,} ({share:.2%})")
-    device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {os.cpu_count()} cores"
-    print(
-        json.dumps(
-            {
-                "model": arguments.model or arguments.shape,
-                "dtype": arguments.dtype,
-                "device": device,
-                "rows": rows,
-                "bytes": sizes,
-            }
-        )
-    )
+def print_report(name: str, report: dict[str, Any]) -> None:
+    floor = report["rows"][0]["seconds"]
+    table = Table("sync", "seconds", "x copy", "extra GiB", "drift of the base", "bytes", title=name)
+    for row in report["rows"]:
+        extra = f"{row['extra_gib']:.3f}" if CUDA else "-"
+        cells = f"{row['seconds']:.4f}", f"{row['seconds'] / floor:.2f}", extra, f"{row['drift']:.1e}", "-"
+        table.add_row(row["row"], *cells)
+    table.add_row("server, merged", "-", "-", "-", "-", f"{report['merged_bytes']:,}")
+    if server := report.get("server"):
+        share = server["bytes"] / report["merged_bytes"]
+        cells = f"{server['seconds']:.4f}", f"{server['seconds'] / floor:.2f}", "-", "-"
+        table.add_row("server, adapter", *cells, f"{server['bytes']:,} ({share:.2%})")
+        table.add_row("server, adapter, first", f"{server['first_seconds']:.4f}", *"---", f"{server['first_bytes']:,}")
+        report["gaps"]["server"] = server["gap"]
+    Console(width=120).print(table)
+    print(f"largest matrix {report['largest_matrix_gib']:.3f} GiB")
+    print("gap in nats: " + ", ".join(f"{where} {value:.2e}" for where, value in report["gaps"].items()))
+    for row in report.get("rounding", ()):
+        print(f"relative update {row['update']:.4f}, {row['rounding']:>10}: gap {row['gap']:.5f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Seconds of a weight sync, and how exact it is.")
+    parser.add_argument("--model", nargs="*", default=[], help="checkpoints or hub names")
+    parser.add_argument("--shape", nargs="*", default=[], choices=SHAPES, help="random weights of these shapes")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", default="bfloat16" if CUDA else "float32")
+    parser.add_argument("--no-server", action="store_true")
+    arguments = parser.parse_args()
+    if problem := vllm_problem():
+        parser.error(f"vLLM cannot be imported: {problem}")
+    reports: dict[str, Any] = {}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        paths = {shape: str(folder / shape) for shape in arguments.shape}
+        for shape, path in paths.items():
+            make_checkpoint(shape, Path(path), getattr(torch, arguments.dtype))
+        paths |= {Path(model).name: model for model in arguments.model}
+        servers: dict[str, SyncServer] = {}
+        for name, path in paths.items() if not arguments.no_server else ():
+            servers[name] = stack.enter_context(SyncServer(path, folder / f"{name}.log", arguments.dtype))
+        for name, path in paths.items():
+            log(name)
+            sleeps = CUDA and name == list(paths)[-1]  # vLLM: one such engine a process
+            reports[name] = run(path, servers.get(name), arguments, random=name in arguments.shape, sleeps=sleeps)
+            print_report(name, reports[name])
+    device = torch.cuda.get_device_name() if CUDA else f"CPU, {os.cpu_count()} cores"
+    print(json.dumps({"dtype": arguments.dtype, "device": device, "vllm": vllm_names.version(), "models": reports}))
 
 
 if __name__ == "__main__":

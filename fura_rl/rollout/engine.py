@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 from unittest.mock import patch
 
@@ -151,29 +150,29 @@ class FuraVLLMGeneration(VLLMGeneration):
     def _sync_in_process(self) -> None:
         """The first time through vLLM's loader; then adapted layers in place, and by name what else may be missing."""
         lost = False
-        if self.enable_sleep_mode:
+        if self.enable_sleep_mode and vllm_names.is_asleep(self.llm, "weights"):
             vllm_generation.empty_cache()  # as TRL does, against running out of memory
-            lost = vllm_names.is_asleep(self.llm, "weights") and self.sleep_level == 2
             self.llm.wake_up(tags=["weights"])
-            self._llm_weights_sleeping = False
+            lost = self.sleep_level == 2
+        self._llm_weights_sleeping = False
         if self._in_place is None:
             self._load(self._stream())
             self._in_place = InPlaceMerge(self.model, vllm_names.model_of(self.llm))
         else:
             self._in_place.write(self._random_bits())
-            everything = lost or (self._packed and not self._in_place.complete)  # packed layers are reloaded whole
-            self._load(self._stream(only_adapted=not everything, skip=self._in_place.names))
+            if lost or not self._in_place.complete:
+                everything = lost or self._packed  # packed layers are reloaded whole
+                self._load(self._stream(only_adapted=not everything, skip=self._in_place.names))
         self.llm.reset_prefix_cache()
 
     def _load(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-        """Through vLLM's loader, which takes a few of a checkpoint's tensors as well as all of them."""
-        if not self._packed:
-            model: Any = vllm_names.model_of(self.llm)
-            for name, tensor in weights:
-                model.load_weights([(name, tensor)])
-        elif (first := next(weights, None)) is not None:
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": chain([first], weights)})
+        """Through vLLM's loader, which takes one tensor after the other, and need not have all."""
+        if self._packed:
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             self.llm.apply_model(_repack_tied_head)
+        else:
+            model: Any = vllm_names.model_of(self.llm)
+            model.load_weights(weights)
 
     def score(self, sequences: list[list[int]]) -> list[list[float]]:
         """Log-probs (natural, without temperature) of the tokens after the first of each sequence.

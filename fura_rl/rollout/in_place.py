@@ -43,6 +43,10 @@ class Part:
     source: Any  # a FuraLayer, or the plain layer of a part that is not adapted
     rows: slice  # of the engine's weight, if it has them as they are
 
+    @property
+    def base(self) -> Any:
+        return self.source.get_base_layer() if isinstance(self.source, FuraLayer) else self.source
+
 
 @dataclass
 class FusedLayer:
@@ -52,9 +56,8 @@ class FusedLayer:
     parts: list[Part]
     in_rows: bool = False  # whether the parts are rows of `module.weight`
 
-    @property
-    def adapted(self) -> list[Part]:
-        return [part for part in self.parts if isinstance(part.source, FuraLayer)]
+    def __post_init__(self) -> None:
+        self.adapted = [part for part in self.parts if isinstance(part.source, FuraLayer)]
 
 
 class InPlaceMerge:
@@ -66,18 +69,25 @@ class InPlaceMerge:
 
     Attributes:
         names: Checkpoint names of the layers that `write` takes care of.
-        complete: Whether these are all adapted layers, and there are any.
+        complete: Whether training can change nothing else: every adapter is one of theirs, and nothing more is trained.
     """
 
     def __init__(self, policy: nn.Module, engine_model: nn.Module) -> None:
         self.layers, others = _find_layers(policy, engine_model)
         self.names = {part.name for layer in self.layers for part in layer.adapted}
-        adapted = {checkpoint_name(n) for n, m in policy.named_modules() if isinstance(m, BaseTunerLayer)}
-        self.complete = bool(adapted) and adapted == self.names
+        adapted: dict[str, Any] = {
+            checkpoint_name(name): m for name, m in policy.named_modules() if isinstance(m, BaseTunerLayer)
+        }
+        written = {id(p) for name in self.names for p in adapted[name].parameters()}
+        trained = [p for p in policy.parameters() if p.requires_grad]
+        self.complete = adapted.keys() == self.names and all(id(p) in written for p in trained)
         if others:
             logger.info("vLLM's loader goes on loading %s: they are not laid out as expected.", ", ".join(others))
+        self._on_device = bool(self.layers) and all(
+            layer.in_rows and layer.module.weight.is_cuda for layer in self.layers
+        )
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._addresses: list[int] = []
+        self._addresses: list[int] | None = None
 
     @torch.no_grad()
     def write(self, rounding: torch.Generator | None = None) -> None:
@@ -86,35 +96,32 @@ class InPlaceMerge:
         Args:
             rounding: Random bits for stochastic rounding, on the weights' device; to the nearest if None.
         """
-        if rounding is not None or not self._can_be_captured:
-            return self._write_all(rounding)
-        addresses = self._all_addresses()
-        if addresses != self._addresses:  # the first time, or something was exchanged
+        addresses = self._all_addresses() if rounding is None and self._on_device else None
+        if addresses is None or addresses != self._addresses:  # the first time, or something was exchanged
             self._addresses, self._graph = addresses, None
-            self._write_all(None)  # compiles kernels, which a capture must not
-        elif self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                self._write_all(None)
-            self._graph.replay()  # a capture records and does not run
+            self._write_all(rounding)  # compiles kernels, which a capture must not
         else:
+            if self._graph is None:
+                self._graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                    self._write_all(None)
             self._graph.replay()
-        torch.cuda.synchronize()  # the engine may read on another stream
+        if self._on_device:
+            torch.cuda.synchronize()  # the engine may read on another stream
 
-    @property
-    def _can_be_captured(self) -> bool:
-        return bool(self.layers) and all(
-            layer.in_rows and layer.module.weight.is_cuda and all(_is_simple(part.source) for part in layer.adapted)
-            for layer in self.layers
-        )
-
-    def _all_addresses(self) -> list[int]:
-        tensors: list[torch.Tensor] = []
+    def _all_addresses(self) -> list[int] | None:
+        """Of every tensor that a merge reads or writes, which a graph holds on to; None if they do not stay."""
+        addresses = []
         for layer in self.layers:
-            tensors.append(layer.module.weight)
+            addresses.append(layer.module.weight.data_ptr())
             for part in layer.adapted:
-                tensors += [part.source.get_base_layer().weight, *part.source.parameters(), *part.source.buffers()]
-        return [tensor.data_ptr() for tensor in tensors]
+                if not _is_simple(part.source):
+                    return None
+                (blocks,) = part.source.named_blocks(None)
+                # straight from the module's dictionaries: this runs before each merge, which takes milliseconds
+                tensors = [*blocks._parameters.values(), *blocks._buffers.values(), *part.base._parameters.values()]
+                addresses += [tensor.data_ptr() for tensor in tensors if tensor is not None]
+        return addresses
 
     def _write_all(self, rounding: torch.Generator | None) -> None:
         for layer in self.layers:
@@ -123,7 +130,7 @@ class InPlaceMerge:
                 vllm_names.store_weight(layer.module, [_merged(part.source, dtype, rounding) for part in layer.parts])
             else:
                 for part in layer.adapted:
-                    _write_rows(part.source, layer.module.weight[part.rows], rounding)
+                    _write_rows(part.source, layer.module.weight.data[part.rows], rounding)
             if any(block.bias is not None for part in layer.adapted for block in part.source.named_blocks(None)):
                 biases = [_merged_bias(part.source) for part in layer.parts]
                 vllm_names.store_bias(layer.module, biases)
@@ -160,7 +167,9 @@ def _find_layer(engine_model: nn.Module, path: str, sources: list[tuple[str, Any
     layer = FusedLayer(module, parts)
     if module.weight.numel() and vllm_names.tensor_parallel_size(module) == 1:
         layer.in_rows = True
-        if module.weight.shape[0] != start or not all(_holds(module.weight[p.rows], p.source) for p in layer.adapted):
+        if module.weight.shape[0] != start or not all(
+            _holds(module.weight.data[p.rows], p.source) for p in layer.adapted
+        ):
             return None
     return layer
 

@@ -27,7 +27,7 @@ If 3/4 of a number is 27, the number is 27 / 0.75 = 36, and a third of it is 12.
 
 def probe_sequences(tokenizer: Any, *, count: int = SEQUENCES, length: int = LENGTH) -> torch.Tensor:
     """Token ids (count, length) of fixed text, the same in every run with this tokenizer."""
-    ids = tokenizer(TEXT, add_special_tokens=False).input_ids
+    ids = tokenizer(TEXT, add_special_tokens=False, verbose=False).input_ids
     ids = ids * -(-count * length // len(ids))
     return torch.tensor(ids[: count * length]).view(count, length)
 

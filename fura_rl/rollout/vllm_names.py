@@ -204,6 +204,12 @@ def _load(module: nn.Module, parameter: torch.Tensor, parts: list[torch.Tensor])
         loader(parameter, part, *shard)
 
 
+def version() -> str:
+    import vllm
+
+    return vllm.__version__
+
+
 def model_of(llm: Any) -> nn.Module:
     """The model of a `vllm.LLM` whose engine is in this process; one rank's slice of it with tensor parallelism."""
     return attribute(llm, "llm_engine.model_executor.driver_worker.model_runner.get_model")()

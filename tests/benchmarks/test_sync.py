@@ -19,9 +19,11 @@ def test_rows_and_drift():
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-3000:]
-    result = json.loads(process.stdout.strip().splitlines()[-1])
-    rows = {row["row"]: row for row in result["rows"]}
-    assert list(rows) == ["copy", "merge", "fura", "trl, fura", "trl, lora_r32"]
+    report = json.loads(process.stdout.strip().splitlines()[-1])["models"]["tiny"]
+    rows = {row["row"]: row for row in report["rows"]}
+    assert list(rows) == ["copy", "fura", "fura, by name", "trl, fura", "trl, lora_r32"]
     assert all(row["drift"] == 0 for name, row in rows.items() if "lora" not in name)
     assert 0 < rows["trl, lora_r32"]["drift"] < 1e-6  # in float32; unmerging by subtraction leaves rounding behind
-    assert result["bytes"]["adapter"] < 0.1 * result["bytes"]["merged"]
+    assert report["gaps"].keys() == {"after a sync", "decoded", "server"}
+    assert all(gap < 1e-5 for gap in report["gaps"].values())
+    assert report["server"]["bytes"] < 0.6 * report["server"]["first_bytes"] < 0.3 * report["merged_bytes"]
