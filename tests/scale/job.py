@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import numpy as np
 import yaml
@@ -76,13 +76,24 @@ def work(rank, world, port, recipe, log):
     from trl import GRPOTrainer
 
     from fura_rl import train_grpo
+    from fura_rl.adapter import blocks
 
     if "deepspeed" in yaml.safe_load(Path(recipe).read_text()):
         deepspeed_on_cpu()
     else:
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    with patch.object(GRPOTrainer, "_generate_single_turn", scripted_rollouts):
-        sys.exit(train_grpo.main(["--config", recipe]))
+    counted = patch.object(blocks, "block_basis", Mock(wraps=blocks.block_basis))
+    with patch.object(GRPOTrainer, "_generate_single_turn", scripted_rollouts), counted as block_basis:
+        status = train_grpo.main(["--config", recipe])
+    print(f"computed {block_basis.call_count} bases")
+    sys.exit(status)
+
+
+def forking():
+    """A context whose processes begin with the slow imports done."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fura_rl.train_grpo", "deepspeed"])
+    return context
 
 
 class Ranks:
@@ -90,8 +101,7 @@ class Ranks:
 
     def __init__(self, folder, **recipe):
         self.folder, self.recipe = folder, recipe
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["fura_rl.train_grpo", "deepspeed"])
+        self.context = forking()
         self.processes = []
 
     def start(self, world, name, **options):

@@ -5,8 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from job import steps
+from peft import get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from fura_rl import FuraConfig
 
 # 16 rollouts a step, however many ranks share them
 SPREAD = {
@@ -87,3 +92,15 @@ def test_another_number_of_rollouts_a_step_is_refused(ranks, whole):
     assert sentence.startswith("error: ")
     assert "written with 16 rollouts a step (processes=2 x per_device_train_batch_size=8 x " in sentence
     assert "but this run has 8 (processes=1 x per_device_train_batch_size=8 x " in sentence
+
+
+@pytest.mark.slow
+def test_each_rank_computes_its_share_of_the_bases(ranks, whole, tiny_model):
+    """21 layers over two ranks, and what is saved is what one process computes."""
+    shares = [(ranks.folder / f"whole_{rank}.log").read_text().splitlines()[-1] for rank in range(2)]
+    assert shares == ["computed 11 bases", "computed 10 bases"]
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), FuraConfig(target_modules="all-linear"))
+    expected = get_peft_model_state_dict(model)
+    saved = load_file(whole / "adapter_model.safetensors")
+    names = [name for name in expected if name.endswith(("basis", "sigma"))]
+    assert len(names) == 42 and all(torch.equal(saved[name], expected[name]) for name in names)
