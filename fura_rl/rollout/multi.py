@@ -83,8 +83,8 @@ def _load(manager: Any, request: Any, load_lora: Callable[[Any, Any], Any]) -> A
         folder = Path(multi_names.adapter_folder(request.lora_path))
     else:
         folder = AllowedAdapters({}, [Path(root) for root in settings.folders]).find(request.lora_path)
-    is_fura = _is_fura(folder)
-    if is_fura:
+    fura = is_fura(folder)
+    if fura:
         if request.load_inplace and request.lora_int_id in manager.list_adapters():
             raise FuraError(
                 f"{request.lora_name} is loaded already, and requests may be running on it: unload it first, or load "
@@ -98,7 +98,7 @@ def _load(manager: Any, request: Any, load_lora: Callable[[Any, Any], Any]) -> A
     else:
         raise FuraError(f"{folder} is no FuRA adapter: start the server with --enable-lora to serve LoRA beside FuRA.")
     for rows in {id(layer.punica_wrapper): layer.punica_wrapper.fura_rows for layer, _ in _ours(layers)}.values():
-        rows.add(request.lora_int_id, fura=is_fura)
+        rows.add(request.lora_int_id, fura=fura)
     return model
 
 
@@ -135,7 +135,8 @@ def _check_kind(folder: Path, adapter: Adapter) -> None:
             raise FuraError(f"{folder} trains a bias of {name}: merge it (fura-rl serve without --multi).")
 
 
-def _is_fura(folder: Path) -> bool:
+def is_fura(folder: Path) -> bool:
+    """Whether the adapter in `folder` calls itself one of FuRA."""
     try:
         return json.loads((folder / CONFIG_NAME).read_text()).get("peft_type") == "FURA"
     except (OSError, ValueError):  # vLLM says what is wrong with it

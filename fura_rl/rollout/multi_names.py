@@ -45,10 +45,13 @@ def join_lora(
     added = tuple(type(f"Fura{cls.__name__}", (layer_mixin, cls), {}) for cls in originals)
     utils._all_lora_classes = (*added, *utils._all_lora_classes)
 
-    load = worker_manager.WorkerLoRAManager._load_adapter
-    worker_manager.WorkerLoRAManager._load_adapter = wraps(load)(  # type: ignore[method-assign]
-        lambda manager, request: load_adapter(manager, request, load)
-    )
+    load: Any = worker_manager.WorkerLoRAManager._load_adapter
+
+    @wraps(load)
+    def load_either(manager: Any, request: Any) -> Any:
+        return load_adapter(manager, request, load)
+
+    worker_manager.WorkerLoRAManager._load_adapter = load_either  # type: ignore[method-assign, assignment]
 
     supported = model_manager.get_supported_lora_modules
 
@@ -59,10 +62,13 @@ def join_lora(
 
     model_manager.get_supported_lora_modules = supported_modules
 
-    compute_hash = LoRAConfig.compute_hash
-    LoRAConfig.compute_hash = wraps(compute_hash)(  # type: ignore[method-assign]
-        lambda config: f"{compute_hash(config)}-{graph_key()}"
-    )
+    compute_hash: Any = LoRAConfig.compute_hash
+
+    @wraps(compute_hash)
+    def hash_both(config: Any) -> str:
+        return f"{compute_hash(config)}-{graph_key()}"
+
+    LoRAConfig.compute_hash = hash_both  # type: ignore[method-assign, assignment]
 
     # Cached prefixes are found by an adapter's name (0.31: and path), which may be given to another after an unload.
     keys = kv_cache_utils._gen_lora_extra_hash_keys
@@ -99,7 +105,7 @@ def lora_layers(manager: Any) -> dict[str, tuple[nn.Module, int]]:
     return found
 
 
-def row_shard_ranks(layer: nn.Module) -> int:
+def row_shard_ranks(layer: Any) -> int:
     """Between how many ranks the input of a wrapped layer is divided."""
     from vllm.model_executor.layers.linear import RowParallelLinear
 
@@ -107,7 +113,7 @@ def row_shard_ranks(layer: nn.Module) -> int:
     return attribute(base, "tp_size") if isinstance(base, RowParallelLinear) else 1
 
 
-def part_rows(layer: nn.Module, number: int) -> tuple[int, int]:
+def part_rows(layer: Any, number: int) -> tuple[int, int]:
     """Of one part of a wrapped layer: the rows of its whole weight, and the first one that this rank holds."""
     from vllm.model_executor.layers.linear import QKVParallelLinear
 
@@ -121,7 +127,7 @@ def part_rows(layer: nn.Module, number: int) -> tuple[int, int]:
     return sizes[0] * ranks, (attribute(base, "tp_rank") if ranks > 1 else 0) * sizes[0]
 
 
-def traced_on_cpu(layer: nn.Module) -> bool:
+def traced_on_cpu(layer: Any) -> bool:
     """Whether the engine that is being made compiles a wrapped layer that is on a CPU. With LoRA, vLLM does not."""
     from vllm.config.vllm import get_current_vllm_config_or_none
 

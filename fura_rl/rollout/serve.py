@@ -1,17 +1,17 @@
-"""`fura-rl serve BASE`: an OpenAI-compatible vLLM server whose adapter can be swapped while it runs."""
+"""`fura-rl serve BASE`: an OpenAI-compatible vLLM server with FuRA adapters, one merged at a time or one a request."""
 
 from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import torch
 import typer
 
 from fura_rl.errors import FuraError
-from fura_rl.rollout import vllm_names
+from fura_rl.rollout import multi_serve, vllm_names
 from fura_rl.rollout.payload import read_folder
 from fura_rl.rollout.pristine import check_keep
 from fura_rl.rollout.server_adapters import ServeSettings
@@ -58,11 +58,18 @@ def serve_command(
     keep: Annotated[str, typer.Option(help="Where base weights stay: cpu, device, checkpoint (read again).")] = "cpu",
     for_training: Annotated[bool, typer.Option(help="Take adapters from a trainer (vllm_transport: adapter).")] = False,
     drain_seconds: Annotated[float, typer.Option(help="How long a swap waits for requests in flight.")] = 600.0,
+    multi: Annotated[
+        bool, typer.Option(help="Keep all adapters loaded; each request chooses one as its model.")
+    ] = False,
 ) -> None:
     """An OpenAI-compatible vLLM server whose FuRA adapter can be swapped while it runs. Further options are vLLM's."""
     for folder in [*adapter_dir, *([watch] if watch else [])]:
         if not folder.is_dir():
             raise FuraError(f"{folder} is no folder.")
+    if multi:
+        if watch or for_training:
+            raise FuraError("--watch and --for-training change merged weights: leave out --multi.")
+        replace_process(*multi_serve.server(base, adapter, adapter_dir, context.args))
     named = parse_named(adapter)
     settings = ServeSettings(
         named=named,
@@ -74,8 +81,12 @@ def serve_command(
         drain_seconds=drain_seconds,
     )
     command = server_command(base, context.args, for_training=for_training, on_cpu=not torch.cuda.is_available())
-    environment = {**os.environ, **settings.to_environment()}
+    replace_process(command, settings.to_environment())
+
+
+def replace_process(command: list[str], environment: dict[str, str]) -> NoReturn:
+    """The server takes this process's place, so that its signals and exit status are the server's."""
+    environment = {**os.environ, **environment}
     if environment.get("VLLM_LOGGING_LEVEL") == "ERROR":  # TRL sets it when it is imported, and hides the server's log
         del environment["VLLM_LOGGING_LEVEL"]
-    # The server takes this process's place, so that its signals and exit status are the server's.
     os.execve(command[0], command, environment)
