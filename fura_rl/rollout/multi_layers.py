@@ -30,6 +30,7 @@ class PerRequestLayer:
         fura_delta: (A, S, n, b, b) in the engine's dtype, or None if this layer takes no FuRA adapters.
         fura_active: (A, S) int32: whether a slot's adapter changes a part.
         fura_refusal: Why it takes none.
+        fura_rank: Which of `fura_ranks` shards of the input this rank has; 0 of 1 where each rank sees all of it.
         fura_dense: The weight (rows, K) where vLLM keeps it packed, from the first adapter on.
     """
 
@@ -38,6 +39,8 @@ class PerRequestLayer:
     fura_active: torch.Tensor
     fura_dense: torch.Tensor | None
     fura_refusal: str
+    fura_rank: int
+    fura_ranks: int
     base_layer: Any
     device: torch.device
     input_size: int
@@ -51,7 +54,7 @@ class PerRequestLayer:
         super().create_lora_weights(max_loras + more, lora_config, model_config)  # type: ignore[misc]
         self.fura_settings = MultiSettings.from_environment()
         self.fura_delta = self.fura_dense = None
-        self.fura_ranks = multi_names.row_shard_ranks(self)
+        self.fura_rank, self.fura_ranks = multi_names.input_shard(self)
         b = self.fura_settings.block_size(self.input_size * self.fura_ranks)
         if not self.fura_settings.with_fura:
             self.fura_refusal = "it was started for LoRA alone"
@@ -135,7 +138,7 @@ class PerRequestLayer:
                 f"The adapter's block size of {name} was not known when the engine started: {error} Name the adapter "
                 "at the start (--adapter), or merge it (without --multi)."
             ) from error
-        return shard_blocks(delta, vllm_names.attribute(self.base_layer, "tp_rank"), self.fura_ranks)
+        return shard_blocks(delta, self.fura_rank, self.fura_ranks)
 
     def _base_entries(self, number: int, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the recorded entries of a whole weight, those that this rank holds: as recorded, and as they are here.
@@ -146,8 +149,7 @@ class PerRequestLayer:
         shape = all_rows, self.input_size * self.fura_ranks
         row = sample_entries(torch.arange(shape[0]).unsqueeze(1).expand(shape)).long() - first_row
         column = sample_entries(torch.arange(shape[1]).expand(shape)).long()
-        if self.fura_ranks > 1:
-            column -= vllm_names.attribute(self.base_layer, "tp_rank") * self.input_size
+        column -= self.fura_rank * self.input_size
         own = (row >= 0) & (row < self.output_slices[number]) & (column >= 0) & (column < self.input_size)
         row, column = row[own] + sum(self.output_slices[:number]), column[own]
         dtype = vllm_names.attribute(self.base_layer, "params_dtype")

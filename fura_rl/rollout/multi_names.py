@@ -105,12 +105,12 @@ def lora_layers(manager: Any) -> dict[str, tuple[nn.Module, int]]:
     return found
 
 
-def row_shard_ranks(layer: Any) -> int:
-    """Between how many ranks the input of a wrapped layer is divided."""
+def input_shard(layer: Any) -> tuple[int, int]:
+    """Which shard of a wrapped layer's input this rank has, and of how many: (0, 1) for the whole input."""
     from vllm.model_executor.layers.linear import RowParallelLinear
 
     base = attribute(layer, "base_layer")
-    return attribute(base, "tp_size") if isinstance(base, RowParallelLinear) else 1
+    return (attribute(base, "tp_rank"), attribute(base, "tp_size")) if isinstance(base, RowParallelLinear) else (0, 1)
 
 
 def part_rows(layer: Any, number: int) -> tuple[int, int]:
@@ -123,8 +123,9 @@ def part_rows(layer: Any, number: int) -> tuple[int, int]:
         return heads * attribute(base, "head_size"), attribute(layer, "output_ids")[number] * sizes[number]
     if len(sizes) > 1:
         return attribute(base, "output_sizes")[number], attribute(layer, "output_ids")[number] * sizes[number]
-    ranks = 1 if row_shard_ranks(layer) > 1 else attribute(base, "tp_size")
-    return sizes[0] * ranks, (attribute(base, "tp_rank") if ranks > 1 else 0) * sizes[0]
+    if input_shard(layer)[1] > 1:  # each rank has a part of every row
+        return sizes[0], 0
+    return sizes[0] * attribute(base, "tp_size"), sizes[0] * attribute(base, "tp_rank")
 
 
 def traced_on_cpu(layer: Any) -> bool:
