@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import httpx
@@ -12,11 +13,14 @@ import torch
 from datasets import Dataset
 from servers import Server, alternate, load, logprobs_of
 from swapping import max_gap, other_base, other_shape, reference_logprobs, truncated
+from syncs import check_twenty_syncs, make_policy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fura_rl import cli
 from fura_rl.errors import FuraError
 from fura_rl.rollout.client import REQUIRE_HEADER, VERSION_HEADER, FuraClient
+from fura_rl.rollout.probe import score_on_server
+from fura_rl.rollout.transport import AdapterVLLMClient, adapter_of
 from fura_rl.trainer import FuraGRPOConfig, FuraGRPOTrainer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -198,8 +202,6 @@ def test_other_weights_than_the_trainers_are_refused(trainer, client):
 
 def test_a_trainer_of_another_base_is_refused(trainer, client, tmp_path, tiny_model):
     """The server has the tiny model; the adapter was made for weights that differ."""
-    from fura_rl.rollout.transport import AdapterVLLMClient, adapter_of
-
     adapter = adapter_of(trainer.model, trainer.vllm_generation._dist.gather_params)
     for tensors in adapter.modules.values():
         tensors["base_sample"] = torch.randn_like(tensors["base_sample"])
@@ -210,8 +212,16 @@ def test_a_trainer_of_another_base_is_refused(trainer, client, tmp_path, tiny_mo
     assert client.version() == before
 
 
-def test_a_plain_vllm_server_or_none_is_one_sentence(trainer):
-    from fura_rl.rollout.transport import AdapterVLLMClient
+def test_twenty_syncs(client, tiny_model):
+    policy = make_policy(tiny_model)
+    engine = AdapterVLLMClient(client.url, connection_timeout=30)
+    check_twenty_syncs(
+        policy,
+        lambda: engine.push(adapter_of(policy, lambda parameters: nullcontext())),
+        lambda sequences: score_on_server(engine, sequences),
+    )
 
+
+def test_a_plain_vllm_server_or_none_is_one_sentence(trainer):
     with pytest.raises(FuraError, match=r"cannot be reached .*tried 2 times"):
         AdapterVLLMClient("http://127.0.0.1:1", connection_timeout=0.5)

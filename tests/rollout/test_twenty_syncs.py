@@ -1,0 +1,91 @@
+"""Twenty syncs with random updates: the engine says what the merged transformers model says.
+
+Each architecture on a real engine of this process, and a real model there and on a server. The tiny model's servers are
+in `test_serve` and `test_merged_server`.
+"""
+
+import gc
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from servers import Server
+from syncs import SYNCS, check_twenty_syncs, make_policy
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config
+
+from fura_rl.rollout.availability import vllm_problem
+from fura_rl.rollout.engine import FuraVLLMGeneration
+from fura_rl.rollout.probe import score_on_server
+from fura_rl.rollout.transport import AdapterVLLMClient, adapter_of
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+SHAPE = dict(
+    vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=32, max_position_embeddings=256, initializer_range=0.2,
+)  # fmt: skip
+ARCHITECTURES = {
+    "llama": (LlamaConfig, {"tie_word_embeddings": False}),
+    "llama, tied, biases": (LlamaConfig, {"tie_word_embeddings": True, "attention_bias": True}),
+    "qwen2": (Qwen2Config, {"tie_word_embeddings": False}),
+    "qwen2, tied": (Qwen2Config, {"tie_word_embeddings": True}),
+    "qwen3": (Qwen3Config, {"tie_word_embeddings": False}),
+    "qwen3, tied": (Qwen3Config, {"tie_word_embeddings": True}),
+}
+
+
+def colocated(path, std=0.05, **options):
+    """The largest gap of twenty syncs into an engine of this process."""
+    assert vllm_problem() is None
+    policy, tokenizer = make_policy(path, **options), AutoTokenizer.from_pretrained(path)
+    engine = FuraVLLMGeneration(policy, Accelerator(cpu=True), tokenizer, max_model_length=128, max_num_seqs=4)
+    gap = check_twenty_syncs(policy, engine.sync_weights, engine.score, std)
+    assert engine.version == SYNCS and engine._in_place.complete
+    del engine.llm
+    gc.collect()
+    return gap
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_architectures(architecture, tmp_path, tiny_model):
+    config_class, options = ARCHITECTURES[architecture]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config_class(**SHAPE, **options))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.5)  # transformers starts them at zero
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    colocated(tmp_path, train_bias="biases" in architecture)
+
+
+@pytest.fixture
+def real_model():
+    path = Path(__file__).parents[3] / "models" / "smollm2-135m"
+    if not path.is_dir():
+        pytest.skip(f"no model in {path}")
+    return path
+
+
+@pytest.mark.soak
+def test_a_real_model_in_this_process(real_model):
+    print(f"{real_model.name}: largest log-prob gap of {SYNCS} syncs {colocated(real_model, std=0.01):.2e}")
+
+
+@pytest.mark.soak
+def test_a_real_model_on_a_server(real_model, tmp_path):
+    policy = make_policy(real_model)
+    server = Server(real_model, tmp_path / "log", "--for-training")
+    try:
+        client = AdapterVLLMClient(server.wait().url, connection_timeout=60)
+        gap = check_twenty_syncs(
+            policy,
+            lambda: client.push(adapter_of(policy, lambda parameters: nullcontext())),
+            lambda sequences: score_on_server(client, sequences),
+            std=0.01,
+        )
+    finally:
+        server.stop()
+    print(f"{real_model.name}, server: largest log-prob gap of {SYNCS} syncs {gap:.2e}")
