@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from .triton_launch import INTERPRETED, Kernel
+from .wide_kernels import FIRST, rest, wide_gradient_kernel, wide_transform_kernel
 
 
 @triton.jit
@@ -134,6 +135,8 @@ def _gradient_kernel(
     tl.store(share_ptr + o[:, None] * b + i[None, :], sum_oi, mask=block_mask)
 
 
+MOST_OF_REST = 64  # beyond, the sums over a block over 128 spill: it is divided among programs
+
 transform_kernel = Kernel(_transform_kernel)
 gradient_kernel = Kernel(_gradient_kernel)
 
@@ -170,9 +173,9 @@ def transform_launch(b: int, dtype: torch.dtype) -> Launch:
         return Launch(tile, rows=32, residents=4, warps=4, stages=1)
     if tile <= 32:
         return Launch(tile, rows=256, residents=4, warps=4, stages=2)
-    if tile <= 128:
+    if tile <= FIRST:
         return Launch(tile, rows=64, residents=4, warps=8 if tile > 64 else 4, stages=3)
-    return Launch(tile, rows=64, residents=4, warps=8, stages=1)
+    return Launch(FIRST, rows=64, residents=1, warps=8, stages=2)
 
 
 @functools.cache
@@ -184,7 +187,7 @@ def gradient_launch(b: int, dtype: torch.dtype) -> Launch:
         return Launch(tile, rows=64, residents=4, warps=4, stages=2)
     if tile <= 128:
         return Launch(tile, rows=64, residents=2, warps=8, stages=3)
-    return Launch(128, rows=64, residents=2, warps=8, stages=2)  # a sum over all of the block would spill
+    return Launch(FIRST, rows=64, residents=1, warps=8, stages=2)
 
 
 def supports(b: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -217,7 +220,10 @@ def run_transform(x: torch.Tensor, delta: torch.Tensor, launch: Launch | None = 
         return y
     launch = launch or transform_launch(b, x.dtype)
     x, x_stride = evenly_spaced(x, n * b)
-    transform_kernel(
+    kernel, tiles = transform_kernel, [launch.tile]
+    if b > FIRST:
+        kernel, tiles = wide_transform_kernel, [FIRST, rest(b)]
+    kernel(
         (n, launch.shares(num_rows, n, x.device), 1),
         (x, delta, y),
         num_rows,
@@ -225,7 +231,7 @@ def run_transform(x: torch.Tensor, delta: torch.Tensor, launch: Launch | None = 
         n * b,
         *delta.stride(),
         b,
-        launch.tile,
+        *tiles,
         launch.rows,
         launch.stages,
         INTERPRETED,
@@ -248,7 +254,8 @@ def run_gradient_shares(
     """
     n, b, _ = delta.shape
     launch = launch or gradient_launch(b, x.dtype)
-    if with_dx and b > launch.tile:
+    whole = b <= FIRST or rest(b) <= MOST_OF_REST
+    if with_dx and not whole:
         return run_transform(g, delta.mT), run_gradient_shares(g, x, delta, False, launch, other)[1]
     dx = torch.empty(x.shape if with_dx else (0, n * b), dtype=g.dtype, device=g.device)
     num_rows = x.numel() // (n * b)
@@ -260,10 +267,12 @@ def run_gradient_shares(
         other, other_stride = evenly_spaced(other, n * b)
         if other_stride != x_stride:
             x, other, x_stride = x.contiguous(), other.contiguous(), n * b
-    programs = n * (-(-b // launch.tile)) ** 2
+    kernel, tiles, programs = gradient_kernel, [launch.tile], n * (-(-b // launch.tile)) ** 2
+    if whole and b > FIRST:
+        kernel, tiles, programs = wide_gradient_kernel, [FIRST, rest(b)], n
     shares = launch.shares(num_rows, programs, x.device)
     shares_snbb = torch.empty(shares, n, b, b, dtype=torch.float32, device=x.device)
-    gradient_kernel(
+    kernel(
         (programs, shares, 1),
         (g, x, other, delta, dx, shares_snbb),
         num_rows,
@@ -273,7 +282,7 @@ def run_gradient_shares(
         *delta.stride(),
         n,
         b,
-        launch.tile,
+        *tiles,
         launch.rows,
         launch.stages,
         with_dx,

@@ -67,7 +67,7 @@ def check(x, g, delta):
     ("dtype", "n", "b"),
     [(torch.bfloat16, n, b) for n, b in BLOCKS]
     + [(dtype, n, b) for dtype in (torch.float16, torch.float32) for n, b in ((2, 64), (1, 48), (5, 3))]
-    + [(torch.float16, 1, 148)],
+    + [(torch.float16, 1, 148), (torch.bfloat16, 2, 192), (torch.bfloat16, 1, 224), (torch.bfloat16, 1, 130)],
 )
 def test_transform_and_gradients(device, dtype, n, b):
     check(*inputs(device, dtype, n, b, rows=109))
