@@ -71,8 +71,9 @@ def test_every_block_size(device, n, b):
 
 
 @devices
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 16, 17, 300])
+@pytest.mark.parametrize(
+    ("dtype", "rows"), [(dtype, 17) for dtype in DTYPES] + [(torch.bfloat16, n) for n in (1, 16, 300)]
+)
 def test_any_number_of_rows(device, dtype, rows):
     check(case(device, dtype, 2, 20, rows))
 
@@ -86,13 +87,13 @@ def test_no_rows(device):
 @devices
 def test_rows_without_an_adapter_are_untouched_and_neighbours_do_not_matter(device):
     """Bit for bit; the other adapters' blocks are NaN where they must not be read."""
-    x, delta, active, ids = case(device, torch.bfloat16, 2, 24, rows=64, seed=3)
+    x, delta, active, ids = case(device, torch.bfloat16, 2, 24, rows=24, seed=3)
     found = check((x, delta, active, ids))
-    none = (ids[:64] < 0) | (ids[:64] >= SLOTS)
+    none = (ids[:24] < 0) | (ids[:24] >= SLOTS)
     assert none.any() and torch.equal(found[:, none], x[none].expand(PARTS, -1, -1))
     inactive = torch.where((active == 0)[:, :, None, None, None], torch.nan, delta)
     assert torch.equal(gathered_transform(x, inactive, active, ids), found)
-    alone = [gathered_transform(x[i : i + 1], delta, active, ids[i : i + 1]) for i in range(64)]
+    alone = [gathered_transform(x[i : i + 1], delta, active, ids[i : i + 1]) for i in range(24)]
     gap = (torch.cat(alone, dim=1).float() - found.float()).abs().max()
     assert gap == 0 if INTERPRETED or device == "cuda" else gap < 0.04  # torch multiplies one row in another order
 

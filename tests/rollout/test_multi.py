@@ -6,10 +6,8 @@ import shutil
 
 import pytest
 import swapping
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from multi_cases import gap, make_lora, merged_model, sample
 from swapping import make_adapter, max_gap
-from transformers import AutoModelForCausalLM
 
 from fura_rl.adapter.saving import to_delta
 from fura_rl.errors import FuraError
@@ -44,11 +42,7 @@ def llm(tiny_model, engines_in_this_process):
 def lora_dir(tiny_model, tmp_path_factory):
     """An ordinary LoRA that has moved."""
     folder = tmp_path_factory.mktemp("lora")
-    torch.manual_seed(5)
-    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    policy = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False))
-    policy.save_pretrained(folder)
-    return folder
+    return make_lora(tiny_model, folder)
 
 
 @pytest.fixture(scope="module")
@@ -62,33 +56,8 @@ def adapters(llm, adapter_dir, lora_dir):
 def merged(tiny_model, adapter_dir, lora_dir):
     """transformers' models, with each adapter merged by PEFT."""
 
-    def load(folder):
-        base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-        return base if folder is None else PeftModel.from_pretrained(base, folder).merge_and_unload()
-
     folders = {None: None, "a": adapter_dir / "a", "b": adapter_dir / "b", "lora": lora_dir}
-    return {name: load(folder) for name, folder in folders.items()}
-
-
-def sample(llm, sequences, requests, max_tokens=12):
-    """Greedy tokens after each sequence, each with its own adapter, all in one batch; and their log-probs."""
-    from vllm import SamplingParams
-
-    options = SamplingParams(max_tokens=max_tokens, temperature=0, logprobs=0, ignore_eos=True)
-    prompts = [{"prompt_token_ids": ids} for ids in sequences]
-    outputs = llm.generate(prompts, options, lora_request=requests, use_tqdm=False)
-    return [
-        (list(out.outputs[0].token_ids), [next(iter(e.values())).logprob for e in out.outputs[0].logprobs])
-        for out in outputs
-    ]
-
-
-@torch.no_grad()
-def gap(model, sequence, sampled) -> float:
-    """Between sampled log-probs and those that a model gives the same tokens: how well prompt and tokens were read."""
-    tokens, logprobs = sampled
-    logits = model(torch.tensor([[*sequence, *tokens]])).logits[0, -len(tokens) - 1 : -1].log_softmax(-1)
-    return max_gap([logprobs], [logits[range(len(tokens)), tokens].tolist()])
+    return {name: merged_model(tiny_model, folder) for name, folder in folders.items()}
 
 
 @pytest.mark.parametrize("name", ["a", "b", "lora", None])
@@ -145,8 +114,7 @@ def test_members_of_the_family(llm, merged, config, tmp_path, sequences, tiny_mo
     """Other factors, layers of which only one part is adapted, smaller blocks, and larger ones known at the start."""
     folder = make_adapter(tiny_model, tmp_path / "adapter", seed=3, **config)
     request = load_adapter(llm, "member", folder)
-    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, folder).merge_and_unload()
+    model = merged_model(tiny_model, folder)
     for ids, found in zip(sequences, sample(llm, sequences, [request] * len(sequences)), strict=True):
         assert gap(model, ids, found) < 1e-4
         assert gap(merged[None], ids, found) > 0.01

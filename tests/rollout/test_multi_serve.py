@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 import swapping
+from multi_cases import scored
 from servers import Server
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
@@ -35,14 +36,6 @@ def server(tmp_path_factory, tiny_model, adapter_dir):
     server.more = folder / "more"
     yield server.wait()
     server.stop()
-
-
-def scored(server, model, ids):
-    """Log-probs of tokens 1.. as the server's `model` computes them."""
-    response = server.complete(ids, model=model, max_tokens=1, prompt_logprobs=0)
-    assert response.status_code == 200, response.text
-    entries = response.json()["choices"][0]["prompt_logprobs"]
-    return [entry[str(token)]["logprob"] for token, entry in zip(ids[1:], entries[1:], strict=True)]
 
 
 def load(server, name, path, **fields):
