@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from .triton_launch import INTERPRETED, Kernel
-from .wide_kernels import FIRST, rest, wide_gradient_kernel, wide_transform_kernel
+from .wide_kernels import FIRST, rest, wide_transform_kernel
 
 
 @triton.jit
@@ -135,8 +135,6 @@ def _gradient_kernel(
     tl.store(share_ptr + o[:, None] * b + i[None, :], sum_oi, mask=block_mask)
 
 
-MOST_OF_REST = 64  # beyond, the sums over a block over 128 spill: it is divided among programs
-
 transform_kernel = Kernel(_transform_kernel)
 gradient_kernel = Kernel(_gradient_kernel)
 
@@ -175,7 +173,7 @@ def transform_launch(b: int, dtype: torch.dtype) -> Launch:
         return Launch(tile, rows=256, residents=4, warps=4, stages=2)
     if tile <= FIRST:
         return Launch(tile, rows=64, residents=4, warps=8 if tile > 64 else 4, stages=3)
-    return Launch(FIRST, rows=64, residents=1, warps=8, stages=2)
+    return Launch(FIRST, rows=64, residents=2, warps=4, stages=2)
 
 
 @functools.cache
@@ -187,7 +185,7 @@ def gradient_launch(b: int, dtype: torch.dtype) -> Launch:
         return Launch(tile, rows=64, residents=4, warps=4, stages=2)
     if tile <= 128:
         return Launch(tile, rows=64, residents=2, warps=8, stages=3)
-    return Launch(FIRST, rows=64, residents=1, warps=8, stages=2)
+    return Launch(FIRST, rows=64, residents=2, warps=8, stages=2)  # a sum over all of the block would spill
 
 
 def supports(b: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -254,8 +252,7 @@ def run_gradient_shares(
     """
     n, b, _ = delta.shape
     launch = launch or gradient_launch(b, x.dtype)
-    whole = b <= FIRST or rest(b) <= MOST_OF_REST
-    if with_dx and not whole:
+    if with_dx and b > launch.tile:
         return run_transform(g, delta.mT), run_gradient_shares(g, x, delta, False, launch, other)[1]
     dx = torch.empty(x.shape if with_dx else (0, n * b), dtype=g.dtype, device=g.device)
     num_rows = x.numel() // (n * b)
@@ -267,12 +264,10 @@ def run_gradient_shares(
         other, other_stride = evenly_spaced(other, n * b)
         if other_stride != x_stride:
             x, other, x_stride = x.contiguous(), other.contiguous(), n * b
-    kernel, tiles, programs = gradient_kernel, [launch.tile], n * (-(-b // launch.tile)) ** 2
-    if whole and b > FIRST:
-        kernel, tiles, programs = wide_gradient_kernel, [FIRST, rest(b)], n
+    programs = n * (-(-b // launch.tile)) ** 2
     shares = launch.shares(num_rows, programs, x.device)
     shares_snbb = torch.empty(shares, n, b, b, dtype=torch.float32, device=x.device)
-    kernel(
+    gradient_kernel(
         (programs, shares, 1),
         (g, x, other, delta, dx, shares_snbb),
         num_rows,
@@ -282,7 +277,7 @@ def run_gradient_shares(
         *delta.stride(),
         n,
         b,
-        *tiles,
+        launch.tile,
         launch.rows,
         launch.stages,
         with_dx,

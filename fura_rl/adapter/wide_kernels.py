@@ -1,8 +1,9 @@
-"""The transform and its gradient for blocks of 129 to 256: a tile of 128 and one for the rest.
+"""The transform of blocks of 129 to 256: a tile of 128 and one for the rest.
 
 Triton's tiles are powers of two. A block of 148 (Qwen2.5-7B's `down_proj`) in one tile of 256 wastes two thirds of the
-arithmetic and does not fit into registers; cut into 128 + 32 it wastes a seventh. The four parts of `D` stay in shared
-memory while a program walks down the rows.
+arithmetic; cut into 128 + 32 it wastes a seventh. The four parts of `D` stay in shared memory while a program walks down
+the rows. The same division of the gradient, with its four sums, spills registers: 2 to 5 times slower than dividing a
+block among programs.
 
 Shapes as in `kernels.py`; `1` and `2` name the two parts of a block.
 """
@@ -72,87 +73,7 @@ def _wide_transform_kernel(
         tl.store(y_ptr + row * y_stride + k2[None, :], y2.to(dtype), mask2)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def _wide_gradient_kernel(
-    g_ptr,
-    x_ptr,
-    other_ptr,
-    delta_ptr,
-    dx_ptr,
-    share_ptr,
-    num_rows,
-    g_stride,
-    x_stride,
-    dx_stride,
-    delta_stride_n,
-    delta_stride_o,
-    delta_stride_i,
-    num_blocks,
-    b: tl.constexpr,
-    TILE1: tl.constexpr,
-    TILE2: tl.constexpr,
-    ROWS: tl.constexpr,
-    STAGES: tl.constexpr,
-    WITH_DX: tl.constexpr,
-    PRODUCT: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
-    """One share of `dD = g^T x` of one block and, with WITH_DX, `dx = g + g D`; `x` is `x * other` with PRODUCT."""
-    block = tl.program_id(0)
-    r = tl.arange(0, ROWS)
-    k1 = tl.arange(0, TILE1)
-    k2 = TILE1 + tl.arange(0, TILE2)
-    dtype = g_ptr.dtype.element_ty
-    if WITH_DX:
-        delta_ptr += block * delta_stride_n
-        d11 = _part(delta_ptr, k1, k1, delta_stride_o, delta_stride_i, b).to(dtype)  # (o, i)
-        d12 = _part(delta_ptr, k1, k2, delta_stride_o, delta_stride_i, b).to(dtype)
-        d21 = _part(delta_ptr, k2, k1, delta_stride_o, delta_stride_i, b).to(dtype)
-        d22 = _part(delta_ptr, k2, k2, delta_stride_o, delta_stride_i, b).to(dtype)
-        dx_ptr += block * b
-    g_ptr += block * b
-    x_ptr += block * b
-    if PRODUCT:
-        other_ptr += block * b
-    s11 = tl.zeros((TILE1, TILE1), tl.float32)
-    s12 = tl.zeros((TILE1, TILE2), tl.float32)
-    s21 = tl.zeros((TILE2, TILE1), tl.float32)
-    s22 = tl.zeros((TILE2, TILE2), tl.float32)
-    for first in tl.range(tl.program_id(1) * ROWS, num_rows, tl.num_programs(1) * ROWS, num_stages=STAGES):
-        row = (first + r).to(tl.int64)[:, None]
-        mask1 = (first + r < num_rows)[:, None] & (k1 < b)[None, :]
-        mask2 = (first + r < num_rows)[:, None] & (k2 < b)[None, :]
-        g1 = tl.load(g_ptr + row * g_stride + k1[None, :], mask1, 0.0)
-        g2 = tl.load(g_ptr + row * g_stride + k2[None, :], mask2, 0.0)
-        x1 = tl.load(x_ptr + row * x_stride + k1[None, :], mask1, 0.0)
-        x2 = tl.load(x_ptr + row * x_stride + k2[None, :], mask2, 0.0)
-        if PRODUCT:
-            u1 = tl.load(other_ptr + row * x_stride + k1[None, :], mask1, 0.0)
-            u2 = tl.load(other_ptr + row * x_stride + k2[None, :], mask2, 0.0)
-            x1 = (x1.to(tl.float32) * u1.to(tl.float32)).to(dtype)
-            x2 = (x2.to(tl.float32) * u2.to(tl.float32)).to(dtype)
-        if WITH_DX:
-            dx1 = g1.to(tl.float32) + _dot(g1, d11, INTERPRETED) + _dot(g2, d21, INTERPRETED)
-            dx2 = g2.to(tl.float32) + _dot(g1, d12, INTERPRETED) + _dot(g2, d22, INTERPRETED)
-            tl.store(dx_ptr + row * dx_stride + k1[None, :], dx1.to(dtype), mask1)
-            tl.store(dx_ptr + row * dx_stride + k2[None, :], dx2.to(dtype), mask2)
-        g1_t = tl.trans(g1)
-        g2_t = tl.trans(g2)
-        s11 += _dot(g1_t, x1, INTERPRETED)
-        s12 += _dot(g1_t, x2, INTERPRETED)
-        s21 += _dot(g2_t, x1, INTERPRETED)
-        s22 += _dot(g2_t, x2, INTERPRETED)
-    share_ptr += (tl.program_id(1) * num_blocks + block).to(tl.int64) * (b * b)  # (shares, n, b, b)
-    in1 = k1 < b
-    in2 = k2 < b
-    tl.store(share_ptr + k1[:, None] * b + k1[None, :], s11, mask=in1[:, None] & in1[None, :])
-    tl.store(share_ptr + k1[:, None] * b + k2[None, :], s12, mask=in1[:, None] & in2[None, :])
-    tl.store(share_ptr + k2[:, None] * b + k1[None, :], s21, mask=in2[:, None] & in1[None, :])
-    tl.store(share_ptr + k2[:, None] * b + k2[None, :], s22, mask=in2[:, None] & in2[None, :])
-
-
 wide_transform_kernel = Kernel(_wide_transform_kernel)
-wide_gradient_kernel = Kernel(_wide_gradient_kernel)
 
 
 def rest(b: int) -> int:
