@@ -16,7 +16,12 @@ from fura_rl.rollout.watch import newest_checkpoint
 
 KEY_VARIABLE = "VLLM_API_KEY"
 VERSION_HEADER = "x-fura-version"  # of each response: the weights that all of it was computed with
+READ_TIMEOUT_S = 60.0  # of what needs no change of weights
 REQUIRE_HEADER = "x-fura-require-version"  # of a request: refuse it on other weights
+
+
+class ServerLostError(FuraError):
+    """A server that cannot be reached, or answers no more."""
 
 
 class Tries:
@@ -31,10 +36,10 @@ class Tries:
         """Pauses before the next try.
 
         Raises:
-            FuraError: the pauses together would exceed the patience.
+            ServerLostError: the pauses together would exceed the patience.
         """
         if self.patience < self._pause:
-            raise FuraError(f"The server at {self.url} cannot be reached ({reason}; tried {self.count} times).")
+            raise ServerLostError(f"The server at {self.url} cannot be reached ({reason}; tried {self.count} times).")
         time.sleep(self._pause)
         self.patience -= self._pause
         self.count += 1
@@ -92,12 +97,13 @@ class FuraClient:
 
     def _call(self, method: str, action: str, **kwargs: Any) -> dict[str, Any]:
         tries = Tries(self.url, self.patience)
+        timeout = self.timeout if method == "POST" else min(self.timeout, READ_TIMEOUT_S)
         while True:
             try:
-                response = self._http.request(method, f"/fura/{action}", **kwargs)
+                response = self._http.request(method, f"/fura/{action}", timeout=timeout, **kwargs)
                 break
             except httpx.ReadTimeout as error:
-                raise FuraError(f"The server at {self.url} did not answer within {self.timeout:g} s.") from error
+                raise ServerLostError(f"The server at {self.url} did not answer within {timeout:g} s.") from error
             except httpx.TransportError as error:
                 tries.again(error)
         if response.status_code == 404:

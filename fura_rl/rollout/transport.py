@@ -10,6 +10,10 @@ rollout must be stamped with that version:
 from __future__ import annotations
 
 import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotYet
 from typing import Any
 
 import requests
@@ -20,13 +24,14 @@ from trl.generation.vllm_client import VLLMClient
 from fura_rl.adapter import FuraLayer
 from fura_rl.adapter.base_weight import whole
 from fura_rl.errors import FuraError
-from fura_rl.rollout.client import REQUIRE_HEADER, VERSION_HEADER, FuraClient, Tries
+from fura_rl.rollout.client import REQUIRE_HEADER, VERSION_HEADER, FuraClient, ServerLostError, Tries
 from fura_rl.rollout.merged import GatherFunction, checkpoint_name
 from fura_rl.rollout.payload import FAMILY, TRAINED, Adapter, pack
 
 logger = logging.getLogger(__name__)
 
 BUSY = (502, 503, 504)
+HEARTBEAT_S = 60.0  # a long generation is interrupted by nothing else than by a server that says nothing for this long
 
 
 def check_model(model: torch.nn.Module) -> None:
@@ -80,6 +85,8 @@ class AdapterVLLMClient(VLLMClient):
     Raises:
         FuraError: the server cannot be reached, or manages no adapters.
     """
+
+    heartbeat = HEARTBEAT_S
 
     def __init__(self, base_url: str, connection_timeout: float = 240.0) -> None:
         self.stamp = ""
@@ -136,8 +143,7 @@ class AdapterVLLMClient(VLLMClient):
             self.refresh()
             headers = {**self.manager.headers, REQUIRE_HEADER: self.stamp}
             try:
-                # not through TRL's session, whose own retries would outlast and hide ours
-                response = requests.post(url, headers=headers, timeout=None, **kwargs)
+                response = self._post_while_alive(url, headers=headers, **kwargs)
             except requests.ConnectionError as error:
                 tries.again(error)
                 continue
@@ -152,6 +158,44 @@ class AdapterVLLMClient(VLLMClient):
                 raise FuraError(f"Rollouts of version {version} came back where {self.stamp} was asked for: not used.")
             else:
                 return response.json()
+
+    def _post_while_alive(self, url: str, **kwargs: Any) -> requests.Response:
+        """However long the answer takes, as long as the server answers other questions meanwhile.
+
+        Raises:
+            ServerLostError: it hangs, or its machine is gone without a word.
+        """
+        # not through TRL's session, whose own retries would outlast and hide ours
+        answer = _in_background(lambda: requests.post(url, timeout=None, **kwargs))
+        while True:
+            try:
+                return answer.result(self.heartbeat)
+            except NotYet:
+                self._check_alive()
+
+    def _check_alive(self) -> None:
+        try:
+            requests.get(f"{self.base_url}/health", timeout=self.heartbeat)
+        except requests.Timeout as error:
+            raise ServerLostError(
+                f"The server at {self.base_url} hangs: it has not answered for {self.heartbeat:g} s."
+            ) from error
+        except requests.ConnectionError:
+            pass  # the request itself will say so
+
+
+def _in_background(call: Callable[[], requests.Response]) -> Future[requests.Response]:
+    """The result of a call in a thread that does not keep the process from ending."""
+    future: Future[requests.Response] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except Exception as error:  # raised where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def _instance(stamp: str) -> str:

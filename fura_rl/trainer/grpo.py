@@ -36,6 +36,7 @@ from fura_rl.eval import evaluate, load_benchmark
 from fura_rl.prompts import load_prompt
 from fura_rl.rewards import MathVerifier, extract_answer, load_rewards
 from fura_rl.rollout.availability import vllm_problem
+from fura_rl.rollout.client import ServerLostError
 from fura_rl.rollout.engine import FuraVLLMGeneration
 from fura_rl.trainer.benchmarks import benchmark_sampling, make_sampler
 from fura_rl.trainer.callbacks import BenchmarkCallback
@@ -142,6 +143,16 @@ class FuraGRPOTrainer(ResumableGRPOTrainer):
         self.add_callback(self.guards)
 
     # --- rollouts -------------------------------------------------------------------------------------------------
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super()._generate(*args, **kwargs)
+        except ServerLostError as error:
+            last = self.last_checkpoint
+            then = f"go on from {last} with --resume_from_checkpoint latest" if last else "begin anew"
+            raise FuraError(
+                f"{error} This was at step {self.state.global_step + 1}: start it again and {then}."
+            ) from error
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         self.sync_engine()

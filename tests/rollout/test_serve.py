@@ -1,7 +1,9 @@
 """A real `fura-rl serve` on the CPU: swaps, refusals, versions under load, and a trainer that sends its adapter."""
 
 import json
+import os
 import shutil
+import signal
 import sys
 import time
 from contextlib import nullcontext
@@ -18,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fura_rl import cli
 from fura_rl.errors import FuraError
-from fura_rl.rollout.client import REQUIRE_HEADER, VERSION_HEADER, FuraClient
+from fura_rl.rollout.client import REQUIRE_HEADER, VERSION_HEADER, FuraClient, ServerLostError
 from fura_rl.rollout.probe import score_on_server
 from fura_rl.rollout.transport import AdapterVLLMClient, adapter_of
 from fura_rl.trainer import FuraGRPOConfig, FuraGRPOTrainer
@@ -225,3 +227,25 @@ def test_twenty_syncs(client, tiny_model):
 def test_a_plain_vllm_server_or_none_is_one_sentence(trainer):
     with pytest.raises(FuraError, match=r"cannot be reached .*tried 2 times"):
         AdapterVLLMClient("http://127.0.0.1:1", connection_timeout=0.5)
+
+
+def test_a_server_that_hangs_and_one_that_was_killed(trainer, server, monkeypatch):
+    """The last test that needs the server."""
+    engine = trainer.vllm_generation
+    engine.sync_weights()
+    engine.vllm_client.heartbeat = 0.5
+    engine.vllm_client.patience = engine.vllm_client.manager.patience = 1.5
+    os.killpg(server.process.pid, signal.SIGSTOP)
+    engine.vllm_client.manager.timeout = 0.5
+    with pytest.raises(ServerLostError, match=r"did not answer within 0\.5 s"):
+        engine.generate([[5, 6, 7]] * 8, None, num_generations=8)
+    monkeypatch.setattr(engine.vllm_client, "refresh", lambda: None)  # as if it had stopped while it generated
+    with pytest.raises(ServerLostError, match=r"The server at .* hangs: it has not answered for 0\.5 s"):
+        engine.generate([[5, 6, 7]] * 8, None, num_generations=8)
+    monkeypatch.undo()
+    server.kill()
+    with pytest.raises(ServerLostError, match=r"The server at .* cannot be reached .*tried 3 times"):
+        engine.generate([[5, 6, 7]] * 8, None, num_generations=8)
+    trainer._last_loaded_step = -1
+    with pytest.raises(FuraError, match=r"cannot be reached .* This was at step 4: start it again and begin anew"):
+        trainer._generate([[{"role": "user", "content": "1 + 1?"}]] * 8)
