@@ -117,8 +117,7 @@ def read_deltas(folder: Path, layers: dict[str, tuple[Any, int]]) -> dict[str, t
             layer, number = layers.get(name, (None, 0))
             if not isinstance(layer, PerRequestLayer):
                 raise FuraError(
-                    f"The adapter was made for another model: this engine has no layer {name}"
-                    + (" that takes FuRA adapters." if layer is not None else ".")
+                    f"The adapter was made for another model: this engine has no layer {name} that takes FuRA adapters."
                 )
             delta = layer.own_blocks(name, number, blocks(), adapter.modules[name].get("base_sample"))
             deltas[name] = delta.to("cpu", vllm_names.attribute(layer.base_layer, "params_dtype")).contiguous()

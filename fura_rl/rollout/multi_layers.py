@@ -88,7 +88,7 @@ class PerRequestLayer:
         if not any(part is not None and part.ndim == 3 for part in parts):  # matrices: an ordinary LoRA
             super().set_lora(index, lora_a, lora_b)  # type: ignore[misc]
             return
-        assert self.fura_delta is not None  # `check_fit` came before
+        assert self.fura_delta is not None  # `own_blocks` came before
         self.reset_lora(index)
         if self.fura_dense is None and not self.base_layer.weight.numel():
             self.fura_dense = multi_names.dense_weight(self.base_layer)
@@ -125,8 +125,9 @@ class PerRequestLayer:
                 f"The adapter was made for another base model: its blocks of {name} cover {covered} features, this "
                 f"model has {width}."
             )
-        if sample is not None:
-            recorded, found = self._base_entries(number, sample)
+        rows = multi_names.part_rows(self, number)
+        if sample is not None and rows is not None:
+            recorded, found = self._base_entries(number, sample, *rows)
             if is_other_weight(recorded, found):
                 raise FuraError(
                     f"The adapter was made for another base model: the weight of {name} differs altogether."
@@ -140,12 +141,13 @@ class PerRequestLayer:
             ) from error
         return shard_blocks(delta, self.fura_rank, self.fura_ranks)
 
-    def _base_entries(self, number: int, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _base_entries(
+        self, number: int, sample: torch.Tensor, all_rows: int, first_row: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the recorded entries of a whole weight, those that this rank holds: as recorded, and as they are here.
 
         Read by multiplying unit vectors, since the weight itself may be packed.
         """
-        all_rows, first_row = multi_names.part_rows(self, number)
         shape = all_rows, self.input_size * self.fura_ranks
         row = sample_entries(torch.arange(shape[0]).unsqueeze(1).expand(shape)).long() - first_row
         column = sample_entries(torch.arange(shape[1]).expand(shape)).long()

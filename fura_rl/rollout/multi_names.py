@@ -96,12 +96,16 @@ def with_folder(request: Any, folder: Path) -> Any:
 
 
 def lora_layers(manager: Any) -> dict[str, tuple[nn.Module, int]]:
-    """Checkpoint layer -> the wrapped layer that holds it and its number there, of a worker's LoRA manager."""
+    """Checkpoint layer -> the wrapped layer that holds it and its number there, of a worker's LoRA manager.
+
+    Without layers of which one of the checkpoint's makes several parts.
+    """
     adapters = attribute(manager, "_adapter_manager")
     found: dict[str, tuple[nn.Module, int]] = {}
     for name, module in attribute(adapters, "modules").items():
-        for number, part in enumerate(attribute(adapters, "packed_modules").get(name, [name])):
-            found[part] = (module, number)
+        parts = attribute(adapters, "packed_modules").get(name, [name])
+        if len(parts) == getattr(module, "n_slices", 1):
+            found |= {part: (module, number) for number, part in enumerate(parts)}
     return found
 
 
@@ -113,9 +117,12 @@ def input_shard(layer: Any) -> tuple[int, int]:
     return (attribute(base, "tp_rank"), attribute(base, "tp_size")) if isinstance(base, RowParallelLinear) else (0, 1)
 
 
-def part_rows(layer: Any, number: int) -> tuple[int, int]:
-    """Of one part of a wrapped layer: the rows of its whole weight, and the first one that this rank holds."""
-    from vllm.model_executor.layers.linear import QKVParallelLinear
+def part_rows(layer: Any, number: int) -> tuple[int, int] | None:
+    """Of one part of a wrapped layer: the rows of its whole weight, and the first one that this rank holds.
+
+    None if this rank's rows lie apart: a checkpoint's fused matrix under tensor parallelism.
+    """
+    from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear
 
     base, sizes = attribute(layer, "base_layer"), attribute(layer, "output_slices")
     if isinstance(base, QKVParallelLinear) and len(sizes) == 3:
@@ -125,7 +132,10 @@ def part_rows(layer: Any, number: int) -> tuple[int, int]:
         return attribute(base, "output_sizes")[number], attribute(layer, "output_ids")[number] * sizes[number]
     if input_shard(layer)[1] > 1:  # each rank has a part of every row
         return sizes[0], 0
-    return sizes[0] * attribute(base, "tp_size"), sizes[0] * attribute(base, "tp_rank")
+    ranks = attribute(base, "tp_size")
+    if ranks > 1 and isinstance(base, (QKVParallelLinear, MergedColumnParallelLinear)):
+        return None
+    return sizes[0] * ranks, sizes[0] * attribute(base, "tp_rank")
 
 
 def traced_on_cpu(layer: Any) -> bool:

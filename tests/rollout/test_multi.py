@@ -31,7 +31,7 @@ def llm(tiny_model, engines_in_this_process):
     register()
     llm = LLM(
         str(tiny_model), enforce_eager=True, dtype="float32", max_model_len=512, enable_prefix_caching=True,
-        enable_lora=True, max_loras=4, max_lora_rank=8, max_cpu_loras=16,
+        enable_lora=True, max_loras=3, max_lora_rank=8, max_cpu_loras=16,
     )  # fmt: skip
     yield llm
     del llm
@@ -41,13 +41,12 @@ def llm(tiny_model, engines_in_this_process):
 @pytest.fixture(scope="module")
 def lora_dir(tiny_model, tmp_path_factory):
     """An ordinary LoRA that has moved."""
-    folder = tmp_path_factory.mktemp("lora")
-    return make_lora(tiny_model, folder)
+    return make_lora(tiny_model, tmp_path_factory.mktemp("lora"))
 
 
 @pytest.fixture(scope="module")
 def adapters(llm, adapter_dir, lora_dir):
-    """Requests by name: the base, two of FuRA, and in the last slot, with one left over, a LoRA."""
+    """Requests by name: the base, two of FuRA, and a LoRA in the last slot."""
     folders = {"a": adapter_dir / "a", "b": adapter_dir / "b", "lora": lora_dir}
     return {None: None} | {name: load_adapter(llm, name, folder) for name, folder in folders.items()}
 
@@ -55,7 +54,6 @@ def adapters(llm, adapter_dir, lora_dir):
 @pytest.fixture(scope="module")
 def merged(tiny_model, adapter_dir, lora_dir):
     """transformers' models, with each adapter merged by PEFT."""
-
     folders = {None: None, "a": adapter_dir / "a", "b": adapter_dir / "b", "lora": lora_dir}
     return {name: merged_model(tiny_model, folder) for name, folder in folders.items()}
 
