@@ -20,7 +20,7 @@ from fura_rl.cli import app
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = typer.main.get_command(app).commands
-PROGRAMS = ("fura-rl", "accelerate", "make", "pip", "mkdocs", "python", "vllm", "curl", "kill")
+PROGRAMS = ("fura-rl", "accelerate", "torchrun", "sbatch", "make", "pip", "mkdocs", "python", "vllm", "curl", "kill")
 
 
 def blocks(page, language):
@@ -66,7 +66,11 @@ def test_a_command_exists(page, words, needs):
         check_training(words[2:])
     elif words[0] == "fura-rl" and len(words) > 1 and not words[1].startswith("--"):
         COMMANDS[words[1]].make_context(words[1], words[2:])  # raises what a user would see
-    elif words[0] == "accelerate":
+    elif words[0] == "sbatch":
+        script = next(i for i, word in enumerate(words) if word.endswith(".sbatch"))
+        check_training(["--config", *words[script + 1 :]])
+        assert (ROOT / words[script]).is_file()
+    elif words[0] in ("accelerate", "torchrun"):
         script = next(i for i, word in enumerate(words) if word.endswith(".py"))
         assert (ROOT / words[script]).is_file()
         check_training(words[script + 1 :])
