@@ -3,7 +3,7 @@
 vLLM's own loader takes a checkpoint's tensors by name: for each one it looks the model's parameters up again, which on
 a GPU takes longer than the merge. So after the first push, which goes through the loader, `W M` is written to where the
 loader has put it: the rows of a fused matrix (q, k, v; gate, up). That each matrix is where it is thought to be is
-checked once against what the loader wrote, up to one rounding; a layer for which it is not so goes on through the loader.
+checked once against what the loader wrote, up to one rounding; a layer for which it is not so stays with the loader.
 
 Storage is written in place and never replaced, so CUDA graphs go on reading it; on a CUDA device the writes themselves
 become a graph, since 200 matrices take longer to launch than to merge. vLLM's CPU build has repacked the weights:

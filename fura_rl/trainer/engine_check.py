@@ -109,18 +109,16 @@ class EngineCheck:
         Raises:
             FuraError: the log-probs differ by more than `max_logp_gap` on average.
         """
-        gap = output["old_per_token_logps"] - output["sampling_per_token_logps"]  # (B, T)
-        mask = output["completion_mask"].bool() & ~torch.isnan(gap)
-        gap = gap[mask] if mask.any() else gap.new_zeros(1)  # every rank must take part in what follows
-        ratio = gap.exp()
-        high = self.trainer.args.vllm_importance_sampling_clip_max or float("inf")
+        gap_bt = output["old_per_token_logps"] - output["sampling_per_token_logps"]
+        mask_bt = output["completion_mask"].bool() & ~torch.isnan(gap_bt)
+        gap = gap_bt[mask_bt] if mask_bt.any() else gap_bt.new_zeros(1)  # every rank must take part in what follows
         mean = gap.abs().mean()
         self._log(
             {
                 "sync/logp_gap_mean": mean,
                 "sync/logp_gap_max": gap.abs().max(),
-                "sync/raw_ratio_mean": ratio.mean(),
-                "sync/clipped_share": (ratio > high).float().mean(),
+                "sync/raw_ratio_mean": gap.exp().mean(),
+                "sync/clipped_share": clipped_share(gap_bt, mask_bt, self.trainer.args),
             }
         )
         worst = self._worst(mean)
@@ -143,6 +141,23 @@ class EngineCheck:
 
     def _worst(self, gap: torch.Tensor) -> float:
         return self.trainer.accelerator.gather(gap).max().item()
+
+
+def clipped_share(gap_bt: torch.Tensor, mask_bt: torch.Tensor, args: Any) -> torch.Tensor:
+    """Share of importance ratios that the loss clips or masks: of tokens, or of rollouts in the sequence modes.
+
+    Args:
+        gap_bt: Trainer minus engine, in nats.
+        mask_bt: Which of them count.
+        args: With `vllm_importance_sampling_mode`, `_clip_min` and `_clip_max`.
+    """
+    gap_bt = gap_bt.masked_fill(~mask_bt, 0.0)
+    if args.vllm_importance_sampling_mode.startswith("sequence"):
+        gap_bt, mask_bt = gap_bt.sum(-1, keepdim=True), mask_bt.any(-1, keepdim=True)
+    ratio = gap_bt.exp()
+    low, high = args.vllm_importance_sampling_clip_min, args.vllm_importance_sampling_clip_max
+    outside = (ratio < (0.0 if low is None else low)) | (ratio > (float("inf") if high is None else high))
+    return (outside & mask_bt).sum() / mask_bt.sum().clamp(min=1)
 
 
 # --- what is wrong ----------------------------------------------------------------------------------------------------
