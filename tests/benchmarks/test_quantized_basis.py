@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("bitsandbytes", reason="the extra 'quantized' is not installed")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import quantized_basis  # noqa: E402
+import quantized_basis
 
 
 @pytest.fixture

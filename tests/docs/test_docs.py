@@ -49,7 +49,7 @@ def check_training(words):
     options = [word.removeprefix("--").split("=")[0] for word in words if word.startswith("--")]
     assert set(options) <= train_options(), set(options) - train_options()
     recipe = words[words.index("--config") + 1]
-    assert configs.path(Path(recipe).name).is_file() or "<" in recipe, recipe
+    assert configs.path(recipe.removeprefix("configs/")).is_file() or "<" in recipe, recipe
 
 
 @pytest.mark.parametrize("page, words, needs", list(commands(PAGES)))
