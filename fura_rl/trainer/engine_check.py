@@ -54,7 +54,9 @@ class EngineCheck:
         Raises:
             FuraError: the log-probs differ by more than `max_logp_gap` on average.
         """
-        step = self.trainer.state.global_step
+        trainer, step = self.trainer, self.trainer.state.global_step
+        if (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled) and not trainer.is_in_train:
+            return  # an evaluation before training, which is what spreads the model over ranks and devices
         due = self.probed_at is None or abs(step - self.probed_at) >= self.every
         if self.every and (due or self.engine_before is None):
             self.probe(log=due)  # one more after a resume must not change what the run logs
@@ -76,12 +78,14 @@ class EngineCheck:
         gap = (own - engine).abs().to(trainer.accelerator.device)
         if log:
             self._log({"sync/probe_gap_mean": gap.mean(), "sync/probe_gap_max": gap.max()})
-        worst = self._worst(gap.mean())
+        gaps = trainer.accelerator.gather(gap.mean().unsqueeze(0))  # of each rank
+        worst, rank = gaps.max().item(), int(gaps.argmax())
         if self._exceeds(worst):
+            cause = diagnose(self, self._of_rank(own, rank), self._of_rank(engine, rank), rank)
             raise FuraError(
                 f"Engine and trainer disagree on fixed sequences after the sync at step {trainer.state.global_step}: "
                 f"mean |log-prob difference| {worst:.2e} is above max_logp_gap={trainer.args.max_logp_gap}. "
-                f"Likely cause: {diagnose(self, own, engine)}."
+                f"Likely cause: {cause}."
             )
         self.engine_before = engine
         return worst
@@ -142,6 +146,13 @@ class EngineCheck:
     def _worst(self, gap: torch.Tensor) -> float:
         return self.trainer.accelerator.gather(gap).max().item()
 
+    def _of_rank(self, tensor: torch.Tensor, rank: int) -> torch.Tensor:
+        return self.trainer.accelerator.gather(tensor.to(self.trainer.accelerator.device).unsqueeze(0))[rank].cpu()
+
+    def difference(self, a: torch.Tensor, b: torch.Tensor) -> float:
+        """Mean absolute difference, the largest of all ranks: where parameters are spread, ranks must decide alike."""
+        return self._worst((a - b).abs().mean().to(self.trainer.accelerator.device))
+
 
 def clipped_share(gap_bt: torch.Tensor, mask_bt: torch.Tensor, args: Any) -> torch.Tensor:
     """Share of importance ratios that the loss clips or masks: of tokens, or of rollouts in the sequence modes.
@@ -163,16 +174,18 @@ def clipped_share(gap_bt: torch.Tensor, mask_bt: torch.Tensor, args: Any) -> tor
 # --- what is wrong ----------------------------------------------------------------------------------------------------
 
 
-def diagnose(check: EngineCheck, own: torch.Tensor, engine: torch.Tensor) -> str:
+def diagnose(check: EngineCheck, own: torch.Tensor, engine: torch.Tensor, rank: int) -> str:
     """What would make the trainer say what the engine says, in words. Costs up to a forward pass an adapted matrix.
 
     Args:
         check: Whose trainer is at fault, or its engine.
-        own: The trainer's log-probs of the fixed sequences.
-        engine: The engine's.
+        own: The trainer's log-probs of the fixed sequences on the rank with the largest gap.
+        engine: Those of this rank's engine.
+        rank: Which one it is.
     """
+    difference = check.difference
     whole = difference(own, engine)
-    before = check.engine_before
+    before = None if check.engine_before is None else check._of_rank(check.engine_before, rank)
     if before is not None and difference(before, engine) < EXPLAINED * min(whole, difference(before, own)):
         return "the sync did not reach the engine, which still has the weights of the sync before"
 
@@ -195,11 +208,6 @@ def diagnose(check: EngineCheck, own: torch.Tensor, engine: torch.Tensor) -> str
     return check.trainer.vllm_generation.mismatch() or (
         "another base checkpoint or dtype in the engine, or a layer with another layer's weights"
     )
-
-
-def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Mean absolute difference."""
-    return float((a - b).abs().mean())
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Any]:
