@@ -211,8 +211,9 @@ def rounding_gaps(model: PeftModel, engine: FuraVLLMGeneration, prompts_bt: torc
 
 
 def run(
-    path: str, server: SyncServer | None, arguments: argparse.Namespace, *, random: bool, sleeps: bool
-) -> dict[str, Any]:
+    path: str, arguments: argparse.Namespace, *, random: bool, sleeps: bool
+) -> tuple[dict[str, Any], PeftModel, torch.Tensor]:
+    """What was measured in this process, and what the server needs: the policy and sequences."""
     dtype = getattr(torch, arguments.dtype)
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = make_policy(path, dtype, FURA)
@@ -229,9 +230,7 @@ def run(
     report["rows"].append(measure("trl, lora_r32", lambda: stock_sync(lora, engine), lora, arguments.rounds))
     tensors = [tensor.nbytes for _, tensor in merged_weights(model)]
     report |= {"merged_bytes": sum(tensors), "largest_matrix_gib": max(tensors) / 2**30}
-    if server is not None:
-        report["server"] = server.measure(move(model, 0.01), ids_bt, policy_logprobs, arguments.rounds)
-    return report
+    return report, model, ids_bt
 
 
 def measure_copy(model: PeftModel, rounds: int) -> dict[str, Any]:
@@ -262,17 +261,22 @@ def print_report(name: str, report: dict[str, Any]) -> None:
         cells = f"{row['seconds']:.4f}", f"{row['seconds'] / floor:.2f}", extra, f"{row['drift']:.1e}", "-"
         table.add_row(row["row"], *cells)
     table.add_row("server, merged", "-", "-", "-", "-", f"{report['merged_bytes']:,}")
-    if server := report.get("server"):
-        share = server["bytes"] / report["merged_bytes"]
-        cells = f"{server['seconds']:.4f}", f"{server['seconds'] / floor:.2f}", "-", "-"
-        table.add_row("server, adapter", *cells, f"{server['bytes']:,} ({share:.2%})")
-        table.add_row("server, adapter, first", f"{server['first_seconds']:.4f}", *"---", f"{server['first_bytes']:,}")
-        report["gaps"]["server"] = server["gap"]
     Console(width=120).print(table)
     print(f"largest matrix {report['largest_matrix_gib']:.3f} GiB")
     print("gap in nats: " + ", ".join(f"{where} {value:.2e}" for where, value in report["gaps"].items()))
     for row in report.get("rounding", ()):
         print(f"relative update {row['update']:.4f}, {row['rounding']:>10}: gap {row['gap']:.5f}")
+
+
+def print_server(name: str, report: dict[str, Any]) -> None:
+    server, floor = report["server"], report["rows"][0]["seconds"]
+    share = server["bytes"] / report["merged_bytes"]
+    print(
+        f"{name}, server, adapter: {server['seconds']:.4f} s ({server['seconds'] / floor:.1f} x copy), "
+        f"{server['bytes']:,} bytes ({share:.2%} of merged), gap {server['gap']:.2e}; "
+        f"the first push {server['first_seconds']:.4f} s, {server['first_bytes']:,} bytes",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -295,11 +299,16 @@ def main() -> None:
         servers: dict[str, SyncServer] = {}
         for name, path in paths.items() if not arguments.no_server else ():
             servers[name] = stack.enter_context(SyncServer(path, folder / f"{name}.log", arguments.dtype))
+        measured = {}
         for name, path in paths.items():
             log(name)
             sleeps = CUDA and name == list(paths)[-1]  # vLLM: one such engine a process
-            reports[name] = run(path, servers.get(name), arguments, random=name in arguments.shape, sleeps=sleeps)
+            reports[name], *measured[name] = run(path, arguments, random=name in arguments.shape, sleeps=sleeps)
             print_report(name, reports[name])
+        for name, server in servers.items():
+            model, ids_bt = measured[name]
+            reports[name]["server"] = server.measure(move(model, 0.01), ids_bt, policy_logprobs, arguments.rounds)
+            print_server(name, reports[name])
     device = torch.cuda.get_device_name() if CUDA else f"CPU, {os.cpu_count()} cores"
     print(json.dumps({"dtype": arguments.dtype, "device": device, "vllm": vllm_names.version(), "models": reports}))
 
