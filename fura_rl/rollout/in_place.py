@@ -165,7 +165,10 @@ def _find_layer(engine_model: nn.Module, path: str, sources: list[tuple[str, Any
         parts.append(Part(name, source, slice(start, stop)))
         start = stop
     layer = FusedLayer(module, parts)
-    if module.weight.numel() and vllm_names.tensor_parallel_size(module) == 1:
+    packed, split = not module.weight.numel(), vllm_names.tensor_parallel_size(module) > 1
+    if packed and split:
+        return None
+    if not packed and not split:
         layer.in_rows = True
         if module.weight.shape[0] != start or not all(
             _holds(module.weight.data[p.rows], p.source) for p in layer.adapted
