@@ -1,9 +1,9 @@
 """`fura-rl plan`: what a run will need of a GPU's memory and of the network, before anything is loaded.
 
 Weights, adapter and optimiser are counted on a model without storage. Activations are what transformers' Llama-like
-layers save for the backward pass under bf16 autocast with a frozen base (design of the adapter: only the input of each
-adapted product comes on top). `tests/test_plan.py` compares them with measured peaks. Logits and the engine's
-overhead are estimates that no measurement has been compared with yet; the table says so.
+layers save for the backward pass under bf16 autocast with a frozen base, and what the method adds to it, see
+`saved_inputs`. `tests/test_plan.py` compares them with measured peaks. Logits and the engine's overhead are estimates
+that no measurement has been compared with yet; the table says so.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fura_rl.trainer.methods import adapter_config
 GIB = 2**30
 LOGIT_BYTES = 10  # bf16 logits, scaled, log-softmax, and two gradients
 CONTEXT_BYTES = 1.0 * GIB  # CUDA context and the allocator's slack
-PLANNED_METHODS = ("fura", "svd")
+PLANNED_METHODS = ("fura", "svd", "lora", "oft", "full")
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,7 @@ class ModelSizes:
             weights = sum(p.numel() for p in base.parameters())
             head_norms = any(".q_norm." in key for key, _ in base.named_parameters())
             peft_config = adapter_config(adapter)
-            assert peft_config is not None
-            model = get_peft_model(base, peft_config)
+            model = base if peft_config is None else get_peft_model(base, peft_config)
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(
             weights=weights,
@@ -89,36 +88,75 @@ class ModelSizes:
         )
 
 
-def layer_bytes(sizes: ModelSizes, adapted: bool = True) -> int:
-    """Bytes that a layer saves for each token: norms in float32, attention, the MLP, and the adapter's inputs."""
+def saved_inputs(sizes: ModelSizes, method: str | None, rank: int = 32) -> int:
+    """Bytes of a token's inputs that a layer of a method saves, beyond what the frozen model saves (None: nothing).
+
+    FuRA and full fine-tuning save the input of `q/k/v`, of `gate/up` and of `down_proj`; that of `o_proj` is saved by
+    attention. PEFT's LoRA casts the input in each of the seven projections and saves each copy, and r numbers more; its
+    OFT turns each.
+    """
+    if method is None:
+        return 0
+    if method in ("lora", "oft"):
+        return 2 * (5 * sizes.hidden + sizes.query + sizes.intermediate + (7 * rank if method == "lora" else 0))
+    return 2 * (2 * sizes.hidden + sizes.intermediate)
+
+
+def layer_bytes(sizes: ModelSizes, method: str | None = "fura", rank: int = 32) -> int:
+    """Bytes that a layer saves for each token: norms in float32, attention, the MLP, and the method's inputs."""
     norms = 4 * (2 * sizes.hidden + (sizes.query + sizes.key_value if sizes.head_norms else 0))
     attention = 2 * (2 * sizes.query + 2 * sizes.key_value)
     mlp = 2 * 3 * sizes.intermediate
-    inputs = 2 * (2 * sizes.hidden + sizes.intermediate) if adapted else 0  # q/k/v share one, gate/up another
-    return norms + attention + mlp + inputs
+    return norms + attention + mlp + saved_inputs(sizes, method, rank)
 
 
-def activation_bytes(sizes: ModelSizes, tokens: int, *, checkpointing: bool, adapted: bool = True) -> int:
+def activation_bytes(
+    sizes: ModelSizes, tokens: int, *, checkpointing: bool, method: str | None = "fura", rank: int = 32
+) -> int:
     """Bytes of activations of one forward and backward pass over `tokens` tokens, without the head."""
-    layer = layer_bytes(sizes, adapted)
+    layer = layer_bytes(sizes, method, rank)
     gradients = 2 * 2 * sizes.intermediate  # of gate and up, alive at the same time
     if checkpointing:  # each layer's input, and one layer in full
         return tokens * (2 * sizes.hidden * sizes.layers + layer + gradients)
     return tokens * (layer * sizes.layers + gradients)
 
 
+def trained_parts(sizes: ModelSizes, weight_bytes: float, method: str, shards: int = 1) -> dict[str, float]:
+    """Bytes of the base, and of what is trained with its gradients and AdamW's moments."""
+    if method != "full":
+        return {
+            "base weights": sizes.weights * weight_bytes / shards,
+            "adapter, its basis": 4.0 * (sizes.trained + sizes.basis),
+            "adapter's gradients, AdamW": 12.0 * sizes.trained,
+        }
+    parts = {
+        "weights": sizes.weights * weight_bytes / shards,
+        "gradients, AdamW": 3 * sizes.weights * weight_bytes / shards,
+    }
+    return parts if weight_bytes == 2 else {**parts, "bf16 copies (autocast)": 2.0 * sizes.weights / shards}
+
+
 def trainer_parts(
-    sizes: ModelSizes, training: FuraGRPOConfig, weight_bytes: float, prompt_tokens: int, batch: int, shards: int = 1
+    sizes: ModelSizes,
+    training: FuraGRPOConfig,
+    weight_bytes: float,
+    prompt_tokens: int,
+    batch: int,
+    shards: int = 1,
+    *,
+    method: str = "fura",
+    rank: int = 32,
 ) -> dict[str, float]:
     """Bytes by part of the trainer's share of one GPU, for micro-batches of `batch` rollouts."""
     completion = training.max_completion_length or 0
     tokens = batch * (prompt_tokens + completion)
+    checkpointing = training.gradient_checkpointing
+    largest = sizes.hidden * max(sizes.intermediate, sizes.query)
     return {
-        "base weights": sizes.weights * weight_bytes / shards,
-        "adapter, its basis": 4.0 * (sizes.trained + sizes.basis),
-        "adapter's gradients, AdamW": 12.0 * sizes.trained,
-        "activations": float(activation_bytes(sizes, tokens, checkpointing=training.gradient_checkpointing)),
+        **trained_parts(sizes, weight_bytes, method, shards),
+        "activations": float(activation_bytes(sizes, tokens, checkpointing=checkpointing, method=method, rank=rank)),
         "logits (estimate)": float(LOGIT_BYTES * batch * completion * sizes.vocabulary),
+        "merge of the largest matrix": 0.0 if method == "full" else 6.0 * largest,  # float32, and in the engine's bf16
         "CUDA context (estimate)": CONTEXT_BYTES,
     }
 
@@ -157,10 +195,14 @@ def plan_command(
     assert model.model_name_or_path is not None  # checked by parse
     sizes = ModelSizes.of(model.model_name_or_path, adapter)
     weight_bytes = 0.55 if model.load_in_4bit else 1.0 if model.load_in_8bit else 2.0  # NF4 with its scales: 4.4 bits
+    if model.dtype == "float32" or (adapter.method == "full" and model.dtype == "auto"):  # as load_model does
+        weight_bytes = 4.0
     shards = gpus if shard_weights else 1
 
     def parts_of(batch: int) -> dict[str, float]:
-        return trainer_parts(sizes, training, weight_bytes, prompt_tokens, batch, shards)
+        return trainer_parts(
+            sizes, training, weight_bytes, prompt_tokens, batch, shards, method=adapter.method, rank=adapter.lora_r
+        )
 
     colocated = training.use_vllm and training.vllm_mode == "colocate"
     engine = training.vllm_gpu_memory_utilization * gpu_memory * GIB if colocated else 0.0
@@ -178,6 +220,8 @@ def plan_command(
             f"of the engine's share, weights leave {cache / GIB:.1f} GiB: {cache / token:,.0f} tokens of cache"
         )
     for name, size in network_bytes(sizes, gpus).items():
+        if adapter.method == "full" and "adapter" in name:
+            continue
         console.print(f"{name}: {size / 2**20:,.0f} MiB")
     console.print(f"largest per_device_train_batch_size that fits: {largest_batch(room, parts_of)}")
     if total > gpu_memory * GIB:

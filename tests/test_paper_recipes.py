@@ -50,9 +50,12 @@ def test_it_says_what_was_published(path):
     assert benchmark_sampling(training, "aime25") == expected
 
 
-@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem.endswith("fura")], ids=lambda path: path.stem)
-def test_it_fits_an_80_gb_gpu(path, tmp_path):
-    SHAPES[path.stem.removesuffix("-fura")].save_pretrained(tmp_path)
+@pytest.mark.parametrize("path", [path for path in RECIPES if "randlora" not in path.stem], ids=lambda path: path.stem)
+def test_it_fits_its_gpus(path, tmp_path):
+    """RandLoRA's memory is not planned for."""
+    SHAPES[path.stem.rsplit("-", 1)[0]].save_pretrained(tmp_path)
     options = ["--config", str(path), "--gpu-memory", "80", "--model_name_or_path", str(tmp_path)]
+    if path.stem == "qwen2.5-7b-full":
+        options += ["--gpus", "8", "--shard-weights"]
     result = CliRunner().invoke(app, ["plan", *options])
     assert result.exit_code == 0, result.output
