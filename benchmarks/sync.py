@@ -9,7 +9,7 @@ For each model, one engine in this process and, on the same device, one server (
 - `fura, by name`: the same weights as a stream through vLLM's loader.
 - `trl, fura` and `trl, lora_r32`: `merge_adapter`, all parameters through the loader, `unmerge_adapter`.
 - `server, adapter`: what is trained is collected, sent over HTTP and merged there; the first push has the basis too.
-- `server, merged`: bytes only: NCCL needs a GPU for each side.
+- `server, merged`: all merged weights over NCCL, which needs a GPU for each side; with one there are bytes only.
 
 `drift` is the largest change that the rounds leave in the trainer's base weights; `extra GiB` the peak of GPU memory
 above what was allocated before. Then the mean |log-prob difference| between trainer and engine: after a sync, of tokens
@@ -40,6 +40,7 @@ from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
+from sync_checks import checks, move, policy_logprobs, rounding_gaps
 from sync_server import SyncServer
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
@@ -47,8 +48,7 @@ from fura_rl import FuraConfig
 from fura_rl.rollout import merged_weights, vllm_names
 from fura_rl.rollout.availability import vllm_problem
 from fura_rl.rollout.engine import FuraVLLMGeneration
-from fura_rl.rollout.probe import next_token_logprobs, probe_sequences
-from fura_rl.trainer.observe import relative_norms
+from fura_rl.rollout.probe import probe_sequences
 
 TOKENIZER = Path(__file__).parents[1] / "examples" / "tiny" / "model"  # of random models
 SHAPES = {
@@ -89,16 +89,6 @@ def make_checkpoint(shape: str, folder: Path, dtype: torch.dtype) -> None:
 def make_policy(path: str, dtype: torch.dtype, config: Any) -> PeftModel:
     base = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(DEVICE)
     return move(get_peft_model(base, config), 0.01)
-
-
-@torch.no_grad()
-def move(model: PeftModel, std: float) -> PeftModel:
-    """Another adapter: its trained tensors drawn anew; 0 is the base model."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            noise = torch.randn_like(parameter) * std
-            parameter.copy_(noise if "fura" in name else parameter + noise)
-    return model
 
 
 def make_engine(model: PeftModel, tokenizer: Any, sleeps: bool) -> FuraVLLMGeneration:
@@ -150,64 +140,6 @@ def measure(name: str, action: Callable[[], object], model: PeftModel, rounds: i
     log(name, statistics.median(seconds), f"extra {extra:.3f} GiB")
     drift = max(float((a - b).abs().max()) for a, b in zip(before, base_tensors(model), strict=True))
     return {"row": name, "seconds": statistics.median(seconds), "all": seconds, "extra_gib": extra, "drift": drift}
-
-
-@torch.no_grad()
-def policy_logprobs(model: PeftModel, ids_bt: torch.Tensor) -> torch.Tensor:
-    return next_token_logprobs(model(input_ids=ids_bt.to(DEVICE)).logits, ids_bt.to(DEVICE)).cpu()
-
-
-def gap(model: PeftModel, engine: FuraVLLMGeneration, ids_bt: torch.Tensor) -> float:
-    """Mean |log-prob difference| of trainer and engine on given tokens, in nats."""
-    return float((policy_logprobs(model, ids_bt) - torch.tensor(engine.score(ids_bt.tolist()))).abs().mean())
-
-
-def sample(
-    engine: FuraVLLMGeneration, prompts_bt: torch.Tensor, n: int, length: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts with sampled completions, (B n, T + length), and the engine's log-probs of the latter."""
-    from vllm import SamplingParams
-
-    options = SamplingParams(n=n, max_tokens=length, ignore_eos=True, logprobs=0, seed=0)
-    prompts = [{"prompt_token_ids": ids} for ids in prompts_bt.tolist()]
-    outputs = [o for out in engine.llm.generate(prompts, options, use_tqdm=False) for o in out.outputs]
-    logprobs = [[e[t].logprob for t, e in zip(o.token_ids, o.logprobs, strict=True)] for o in outputs]
-    completions = torch.tensor([o.token_ids for o in outputs])
-    return torch.cat([prompts_bt.repeat_interleave(n, 0), completions], 1), torch.tensor(logprobs)
-
-
-def checks(model: PeftModel, engine: FuraVLLMGeneration, ids_bt: torch.Tensor) -> dict[str, float]:
-    """Whether the engine has the policy's weights, after a sync and after each kind of sleep."""
-    move(model, 0.02)
-    engine.sync_weights()
-    found = {"after a sync": gap(model, engine, ids_bt)}
-    whole, decoded = sample(engine, ids_bt, 1, 32)
-    found["decoded"] = float((policy_logprobs(model, whole)[:, -32:] - decoded).abs().mean())
-    for level in (1, 2) if engine.enable_sleep_mode else ():
-        engine.sleep_level = level
-        engine.llm.sleep()
-        move(model, 0.02)
-        engine.sync_weights()
-        found[f"after sleep {level}"] = gap(model, engine, ids_bt)
-    return found
-
-
-def rounding_gaps(model: PeftModel, engine: FuraVLLMGeneration, prompts_bt: torch.Tensor) -> list[dict[str, Any]]:
-    """The gap of the base model itself, and of updates of two sizes, on tokens that the base has sampled."""
-    move(model, 0.0)
-    engine.sync_weights()
-    ids_bt, _ = sample(engine, prompts_bt, 8, 96)
-    rows = [{"update": 0.0, "rounding": "-", "gap": gap(model, engine, ids_bt)}]
-    for std in (0.001, 0.005):
-        move(model, std)
-        norms = relative_norms(model).values()
-        for rounding in ("nearest", "stochastic"):
-            engine.rounding = rounding
-            engine.sync_weights()
-            size = sum(norms) / len(norms)
-            rows.append({"update": size, "rounding": rounding, "gap": gap(model, engine, ids_bt)})
-    engine.rounding = "nearest"
-    return rows
 
 
 def run(
@@ -309,6 +241,12 @@ def main() -> None:
             model, ids_bt = measured[name]
             reports[name]["server"] = server.measure(move(model, 0.01), ids_bt, policy_logprobs, arguments.rounds)
             print_server(name, reports[name])
+            if server.has_nccl:
+                tokenizer = AutoTokenizer.from_pretrained(paths[name])
+                merged = server.measure_merged(move(model, 0.01), tokenizer, ids_bt, arguments.rounds)
+                far = float((policy_logprobs(model, ids_bt) - torch.tensor(merged.pop("logprobs"))).abs().mean())
+                reports[name]["server_merged"] = {**merged, "gap": far}
+                print(f"{name}, server, merged: {merged['seconds']:.4f} s, gap {far:.2e}", flush=True)
     device = torch.cuda.get_device_name() if CUDA else f"CPU, {os.cpu_count()} cores"
     print(json.dumps({"dtype": arguments.dtype, "device": device, "vllm": vllm_names.version(), "models": reports}))
 

@@ -1,4 +1,7 @@
-"""A server on the same device, and what pushing an adapter to it costs: the other half of `benchmarks/sync.py`."""
+"""A server, and what a push to it costs: the other half of `benchmarks/sync.py`.
+
+It shares the device, or has the second one where there are two: only then is there NCCL between it and the trainer.
+"""
 
 from __future__ import annotations
 
@@ -15,32 +18,45 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from peft import PeftModel
 
+from fura_rl.rollout.engine import FuraVLLMGeneration
 from fura_rl.rollout.probe import score_on_server
+from fura_rl.rollout.transport import AdapterVLLMClient, adapter_of
 
 # what belongs to this process alone, whose engine shares it
 OWN = ("VLLM_ENABLE_V1_MULTIPROCESSING", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PATIENCE_S = 120.0
 
 
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
 class SyncServer:
-    """`fura-rl serve PATH --for-training`, started at once and ended with the `with` block."""
+    """`fura-rl serve PATH --for-training`, started at once and ended with the `with` block.
+
+    Attributes:
+        has_nccl: Whether it can be sent merged weights the way TRL does.
+    """
 
     def __init__(self, path: str, log: Path, dtype: str) -> None:
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            port = found.getsockname()[1]
+        port = free_port()
+        self.has_nccl = torch.cuda.device_count() > 1
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
         command = [sys.executable, "-m", "fura_rl.cli", "serve", path, "--for-training", "--port", str(port)]
         command += ["--dtype", dtype, "--max-model-len", "512", "--max-num-seqs", "8", "--keep", "device"]
         command += ["--enforce-eager", "--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(2**30)]
         environment = {key: value for key, value in os.environ.items() if key not in OWN}
+        if self.has_nccl:
+            command += ["--weight-transfer-config", '{"backend": "nccl"}']
+            environment |= {"CUDA_VISIBLE_DEVICES": "1", "VLLM_SERVER_DEV_MODE": "1"}
         with log.open("wb") as file:
-            self.process = subprocess.Popen(
-                command, env=environment, stdout=file, stderr=file, start_new_session=True
-            )  # fmt: skip
+            self.process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
 
     def __enter__(self) -> SyncServer:
         return self
@@ -57,8 +73,6 @@ class SyncServer:
         rounds: int,
     ) -> dict[str, Any]:
         """Seconds and bytes of the first push and of later ones, and how far the two are apart afterwards."""
-        from fura_rl.rollout.transport import AdapterVLLMClient, adapter_of
-
         try:
             client = AdapterVLLMClient(self.url, connection_timeout=PATIENCE_S)
         except Exception as error:
@@ -81,3 +95,17 @@ class SyncServer:
             "bytes": sizes[-1],
             "gap": float((policy_logprobs(model, ids_bt) - engine).abs().mean()),
         }
+
+    def measure_merged(self, model: PeftModel, tokenizer: Any, ids_bt: torch.Tensor, rounds: int) -> dict[str, Any]:
+        """Seconds of a push of all merged weights over NCCL, and the engine's log-probs afterwards."""
+        engine = FuraVLLMGeneration(
+            model, Accelerator(), tokenizer, mode="server", server_base_url=self.url, server_timeout=PATIENCE_S,
+            group_port=free_port(),
+        )  # fmt: skip
+        seconds = []
+        for _ in range(rounds + 2):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            engine.sync_weights()
+            seconds.append(time.perf_counter() - started)
+        return {"seconds": statistics.median(seconds[2:]), "logprobs": engine.score(ids_bt.tolist())}
