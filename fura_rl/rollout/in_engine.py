@@ -159,7 +159,8 @@ class InEngineAdapter:
 
     @torch.no_grad()
     def _write(self, layer: EngineLayer, blocks: dict[str, FuraBlocks], *, with_bias: bool) -> None:
-        weights = [self._merged(part, blocks.get(part)) for part in layer.parts]
+        dtype = vllm_names.attribute(layer.module, "weight").dtype  # one matrix in float32 at a time
+        weights = [self._merged(part, blocks.get(part)).to(dtype) for part in layer.parts]
         vllm_names.store_weight(layer.module, weights)
         if with_bias:
             vllm_names.store_bias(layer.module, [self._merged_bias(part, blocks.get(part)) for part in layer.parts])
