@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fura_rl.errors import FuraError
-from fura_rl.rollout import merged_weights
+from fura_rl.rollout import merged_weights, vllm_names
 from fura_rl.rollout.probe import probe_sequences
 from fura_rl.trainer import FuraGRPOConfig, FuraGRPOTrainer
 
@@ -138,6 +138,22 @@ def test_options_that_differ_are_named(synced, monkeypatch):
     put(trainer, {name: tensor.bfloat16().float() for name, tensor in merged.items()})
     monkeypatch.setattr(trainer.vllm_generation, "_trainer_dtype", lambda: torch.bfloat16)
     check(trainer, r"the engine computes in torch\.float32, the trainer in torch\.bfloat16")
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_what_sleeping_drops_is_sent_again(synced, monkeypatch, level):
+    """vLLM's CPU build sleeps without dropping anything, so what level 2 drops is overwritten here."""
+    trainer, merged = synced
+    engine = trainer.vllm_generation
+    monkeypatch.setattr(engine, "enable_sleep_mode", True)
+    monkeypatch.setattr(engine, "sleep_level", level)
+    engine.llm.sleep(level=level)
+    if level == 2:
+        put(trainer, {name: torch.ones_like(tensor) for name, tensor in merged.items()})
+    move(trainer)
+    engine.sync_weights()
+    assert trainer.engine_check.probe() < 1e-5  # which wakes the KV cache
+    assert not vllm_names.is_asleep(engine.llm, "weights") and not vllm_names.is_asleep(engine.llm, "kv_cache")
 
 
 def test_the_cadence(synced):
