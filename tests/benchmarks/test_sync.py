@@ -15,10 +15,9 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "sync.py"
 @pytest.mark.vllm
 @pytest.mark.parametrize("server", [False, pytest.param(True, marks=pytest.mark.soak)])
 def test_rows_and_drift(server):
-    process = subprocess.run(
-        [sys.executable, SCRIPT, "--shape", "tiny", "--rounds", "2", *([] if server else ["--no-server"])], capture_output=True, text=True, timeout=500,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    command = [sys.executable, SCRIPT, "--shape", "tiny", "--rounds", "2", *([] if server else ["--no-server"])]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    process = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
     assert process.returncode == 0, process.stderr[-3000:]
     report = json.loads(process.stdout.strip().splitlines()[-1])["models"]["tiny"]
     rows = {row["row"]: row for row in report["rows"]}
