@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 def launch(tmp_path, tiny_model, tiny_problems):
     """Starts the main job of one step on two ranks; returns the finished process and the run's directory."""
 
-    def start(reward: str, **environment):
+    def start(reward: str, environment=None, **changes):
         recipe = tmp_path / "recipe.yaml"
         options = dict(
             model_name_or_path=str(tiny_model), dataset_name=str(tiny_problems / "train.jsonl"), prompt="plain",
@@ -24,12 +24,12 @@ def launch(tmp_path, tiny_model, tiny_problems):
             max_completion_length=32, learning_rate=1e-3, rewards=[reward], save_strategy="no", max_logp_gap=1e-3,
             vllm_max_model_length=256, benchmarks=[str(tiny_problems / "test.jsonl")], benchmark_max_tokens=32,
         )  # fmt: skip
-        recipe.write_text(yaml.safe_dump(options))
+        recipe.write_text(yaml.safe_dump({**options, **changes}))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         process = subprocess.run(
             [*command, str(ROOT / "fura_rl" / "train_grpo.py"), "--config", str(recipe)],
             capture_output=True, text=True, timeout=500,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", **environment},
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", **(environment or {})},
         )  # fmt: skip
         return process, tmp_path / "run"
 
@@ -57,6 +57,6 @@ def test_an_error_on_one_rank_ends_both(launch, tmp_path):
         "    if os.environ['RANK'] == '1':\n        raise RuntimeError('no reward on this rank')\n"
         "    return [0.0] * len(completions)\n"
     )
-    process, _ = launch("broken:reward", PYTHONPATH=str(tmp_path))
+    process, _ = launch("broken:reward", {"PYTHONPATH": str(tmp_path)}, use_vllm=False, benchmarks=[])
     assert process.returncode != 0
     assert "no reward on this rank" in process.stderr

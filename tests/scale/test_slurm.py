@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 SRUN = """#!/bin/bash
 n=$(mktemp "$CALLS/XXXXXX")
 printf '%s\\0' "$VLLM_API_KEY" "$@" > "$n"
-case "$*" in *serve*) exec sleep 30;; esac
+case "$*" in *" serve "*) exec sleep 30;; esac
 """
 
 

@@ -88,8 +88,8 @@ def test_half_used_rollouts_are_drawn_again_for_the_same_problems(ranks):
 def test_another_number_of_rollouts_a_step_is_refused(ranks, whole):
     shutil.copytree(whole, ranks.folder / "fewer")
     ranks.run(1, "fewer", status=2, **SPREAD[2], resume_from_checkpoint="latest")
-    sentence = (ranks.folder / "fewer_0.log").read_text().splitlines()[-1]
-    assert sentence.startswith("error: ")
+    lines = (ranks.folder / "fewer_0.log").read_text().splitlines()
+    (sentence,) = [line for line in lines if line.startswith("error: ")]
     assert "written with 16 rollouts a step (processes=2 x per_device_train_batch_size=8 x " in sentence
     assert "but this run has 8 (processes=1 x per_device_train_batch_size=8 x " in sentence
 
