@@ -6,6 +6,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 from multi_cases import gap, make_lora, merged_model, sample, scored
 from servers import Server, logprobs_of
 from swapping import TEXTS, make_adapter, max_gap, other_base, reference_logprobs
@@ -25,8 +26,8 @@ def engine(model, **options):
     from vllm import LLM
 
     register()
-    options = {"max_loras": 3, "max_lora_rank": 8, **options}
-    return LLM(str(model), dtype="float32", max_model_len=256, enforce_eager=True, enable_lora=True, **options)
+    options = {"max_loras": 3, "max_lora_rank": 8, "enforce_eager": True, **options}
+    return LLM(str(model), dtype="float32", max_model_len=256, enable_lora=True, **options)
 
 
 def texts_of(model):
@@ -56,6 +57,39 @@ def test_a_real_model(tmp_path, monkeypatch):
     requests = {None: None} | {name: load_adapter(llm, name, folder) for name, folder in folders.items()}
     models = {name: merged_model(model, folders.get(name)) for name in requests}
     assert max(gaps_of_a_mixed_batch(llm, models, requests, texts_of(model)).values()) < 1e-4
+
+
+def test_a_traced_engine_with_dense_weights(tiny_model, tmp_path, monkeypatch):
+    """As on CUDA: the model is one traced graph, weights stay as they were loaded, and whether rows have adapters is
+    read when the graph runs. vLLM itself does not trace models with LoRA on a CPU."""
+    from vllm.config import CompilationMode
+    from vllm.model_executor.layers import utils
+    from vllm.platforms.cpu import CpuPlatform
+
+    from fura_rl.rollout import multi_names
+
+    check = CpuPlatform.check_and_update_config.__func__
+
+    def traced(platform, config):
+        check(platform, config)
+        config.compilation_config.mode = CompilationMode.DYNAMO_TRACE_ONCE
+        config.compilation_config.backend = "eager"
+
+    def dense(layer, remove_weight):
+        layer.cpu_linear = torch.nn.functional.linear
+
+    monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(traced))
+    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", dense)
+    monkeypatch.setattr(multi_names, "traced_on_cpu", lambda layer: False)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    llm = engine(tiny_model, enforce_eager=False)
+    assert llm.llm_engine.vllm_config.compilation_config.mode == CompilationMode.DYNAMO_TRACE_ONCE
+    texts, requests, models = texts_of(tiny_model), {None: None}, {None: merged_model(tiny_model, None)}
+    assert gaps_of_a_mixed_batch(llm, models, requests, texts)[None] < 1e-4  # no row has an adapter yet
+    for seed, name in enumerate("ab"):
+        folder = make_adapter(tiny_model, tmp_path / name, seed)
+        requests[name], models[name] = load_adapter(llm, name, folder), merged_model(tiny_model, folder)
+    assert max(gaps_of_a_mixed_batch(llm, models, requests, texts).values()) < 1e-4
 
 
 def test_two_ranks(tiny_model, tmp_path):
