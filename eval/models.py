@@ -202,7 +202,12 @@ def open_sampler(
     if problem is None:
         with merged_checkpoint(model, adapter, scratch) as path:
             llm = _vllm(path, options)
-        yield VLLMSampler(llm, tokenizer), _described("vllm", options, str(llm.llm_engine.model_config.dtype))
+        try:
+            yield VLLMSampler(llm, tokenizer), _described("vllm", options, str(llm.llm_engine.model_config.dtype))
+        finally:
+            # On a GPU the engine is a process of its own. Python may wait for its end before vLLM's finaliser, which
+            # would end it, gets its turn: a finished evaluation hung there.
+            llm.llm_engine.engine_core.shutdown()
         return
     if options.engine == "auto":
         warnings.warn(f"vLLM cannot be used ({problem}): transformers generates, which is slower.", stacklevel=2)

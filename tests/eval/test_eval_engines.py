@@ -1,5 +1,9 @@
 """Samplers on real engines: transformers and vLLM draw the same greedy tokens, and seeds do what they promise."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -214,3 +218,32 @@ def test_vllm_does_no_more_steps_than_generate(tiny, llm):
         assert ours == len(steps)
     finally:
         llm.llm_engine.step = step
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_an_engine_in_a_process_of_its_own_ends_with_the_evaluation(tiny_model, tmp_path):
+    """As on a GPU: once the sampler is closed, no process is left for Python to wait for at its exit."""
+    script = tmp_path / "sample.py"
+    script.write_text(
+        f"""
+import multiprocessing
+from pathlib import Path
+from fura_rl.eval import Request, Sampling
+from fura_rl.eval.models import EngineOptions, load_tokenizer, open_sampler
+
+if __name__ == "__main__":
+    tokenizer = load_tokenizer({str(tiny_model)!r})
+    options = EngineOptions(engine="vllm", context=64)
+    with open_sampler({str(tiny_model)!r}, None, tokenizer, options, Path({str(tmp_path)!r})) as (sampler, _):
+        samples = sampler.sample([Request(tokenizer("1+1=")["input_ids"], Sampling(temperature=0.0, max_tokens=4), 0)])
+        print(len(multiprocessing.active_children()), len(samples[0].token_ids))
+    print(len(multiprocessing.active_children()))
+"""
+    )
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    (during, tokens), (after,) = [[int(word) for word in line.split()] for line in run.stdout.splitlines()[-2:]]
+    assert during >= 1 and tokens >= 1
+    assert after == 0
