@@ -11,9 +11,11 @@ from fura_rl.train_grpo import parse
 
 ROOT = Path(__file__).parents[2]
 SRUN = """#!/bin/bash
-n=$(mktemp "$CALLS/XXXXXX")
+n=$(mktemp)
 printf '%s\\0' "$VLLM_API_KEY" "$@" > "$n"
+mv "$n" "$CALLS"
 case "$*" in *" serve "*) exec sleep 30;; esac
+until [ "$(ls "$CALLS" | wc -l)" -eq "$EXPECTED" ]; do sleep 0.05; done
 """
 
 
@@ -29,6 +31,7 @@ def sbatch(tmp_path):
         slurm = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "n[0-9]", "SLURM_NNODES": str(nodes)}
         environment = {
             **os.environ, **slurm, "SLURM_GPUS_ON_NODE": "8", "CALLS": str(tmp_path / "calls"),
+            "EXPECTED": "2" if "server" in script else "1",
             "NODES": " ".join(f"n{i}" for i in range(nodes)), "PATH": f"{tmp_path}:{os.environ['PATH']}",
         }  # fmt: skip
         process = subprocess.run(
