@@ -52,7 +52,10 @@ def server_command(base: str, options: list[str], *, for_training: bool, on_cpu:
 def serve_command(
     context: typer.Context,
     base: Annotated[str, typer.Argument(help="Name or path of the base model.")],
-    adapter: Annotated[list[str], typer.Option(help="NAME=PATH of an adapter; the first one is merged at start.")] = [],  # noqa: B006
+    adapter: Annotated[
+        list[str],
+        typer.Option(help="NAME=PATH of an adapter; the first is merged at start, or all are loaded (--multi)."),
+    ] = [],  # noqa: B006
     adapter_dir: Annotated[list[Path], typer.Option(help="Folder below which adapters may be loaded.")] = [],  # noqa: B006
     watch: Annotated[Path | None, typer.Option(help="Swap in each new checkpoint of this training run.")] = None,
     keep: Annotated[str, typer.Option(help="Where base weights stay: cpu, device, checkpoint (read again).")] = "cpu",
