@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 import swapping
+import torch
 from multi_cases import scored
 from servers import Server
 from starlette.applications import Starlette
@@ -21,6 +22,8 @@ from swapping import make_adapter, max_gap, reference_logprobs
 from fura_rl import cli
 from fura_rl.errors import FuraError
 from fura_rl.rollout import multi_serve
+from fura_rl.rollout.multi_names import without_adapters
+from fura_rl.rollout.multi_rows import AdapterRows
 from fura_rl.rollout.multi_settings import SETTINGS_VARIABLE, MultiSettings
 
 
@@ -219,3 +222,23 @@ def test_without_lora_the_plugin_costs_an_engine_nothing(monkeypatch):
     multi.register()
     assert joined == [] and multi._registered
     assert os.environ.get(SETTINGS_VARIABLE) is None
+
+
+def test_the_rows_of_a_batch():
+    """FuRA's kernels see the rows of FuRA adapters, LoRA's those of LoRA; what vLLM makes up to warm up is both."""
+    from vllm.lora.layers import LoRAMapping
+
+    rows = AdapterRows(8, torch.device("cpu"))
+    address = rows.ids.data_ptr()
+    rows.add(5, fura=True)
+    rows.add(6, fura=False)
+    rows.set((5, 6, 0, 7, 5), [6, 5, 7, None])
+    assert rows.ids[:5].tolist() == [1, -1, -1, 2, 1] and rows.any_adapted.item()
+    seen_by_lora = without_adapters(LoRAMapping((5, 6, 0, 7, 5), (5, 6), is_prefill=True), rows.fura)
+    assert seen_by_lora == LoRAMapping((0, 6, 0, 7, 0), (0, 6), is_prefill=True)
+    rows.set((6, 0), [6, 5, 7, None])
+    assert rows.ids[:5].tolist() == [-1, -1, -1, 2, 1] and not rows.any_adapted.item()
+    rows.add(5, fura=False)  # a number that is given again
+    rows.set((5,), [6, 5, 7, None])
+    assert not rows.any_adapted.item() and rows.fura == set()
+    assert rows.ids.data_ptr() == address
