@@ -148,21 +148,21 @@ class FuraVLLMGeneration(VLLMGeneration):
         self.version += 1
 
     def _sync_in_process(self) -> None:
-        """The first time through vLLM's loader; then adapted layers in place, and by name what else may be missing."""
+        """By the loader the first time and after a loss; else adapted layers in place, and by name what remains."""
         lost = False
         if self.enable_sleep_mode and vllm_names.is_asleep(self.llm, "weights"):
             vllm_generation.empty_cache()  # as TRL does, against running out of memory
             self.llm.wake_up(tags=["weights"])
             lost = self.sleep_level == 2
         self._llm_weights_sleeping = False
-        if self._in_place is None:
+        if self._in_place is None or lost:  # biases and all that no adapter touches is lost too
             self._load(self._stream())
-            self._in_place = InPlaceMerge(self.model, vllm_names.model_of(self.llm))
         else:
             self._in_place.write(self._random_bits())
-            if lost or not self._in_place.complete:
-                everything = lost or self._packed  # packed layers are reloaded whole
-                self._load(self._stream(only_adapted=not everything, skip=self._in_place.names))
+            if not self._in_place.complete:  # packed layers are reloaded whole
+                self._load(self._stream(only_adapted=not self._packed, skip=self._in_place.names))
+        if self._in_place is None:
+            self._in_place = InPlaceMerge(self.model, vllm_names.model_of(self.llm))
         self.llm.reset_prefix_cache()
 
     def _load(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
