@@ -97,7 +97,11 @@ class EngineCheck:
         assert ids is not None
         ids = ids.to(self.trainer.accelerator.device)
         was_training = model.training
-        model.eval()  # without dropout, as the engine
+        # On a CPU, bitsandbytes repacks 4-bit weights for good when they are used in eval mode.
+        model.train(getattr(model, "is_quantized", False))
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.eval()  # the engine has none
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
         model.train(was_training)
         return next_token_logprobs(logits, ids).cpu()
