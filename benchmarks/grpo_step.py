@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 
 import torch
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -33,51 +34,39 @@ MODEL_PHASES = ("generate", "train", "logprobs")
 PHASES = (*MODEL_PHASES, "reward", "sync", "probe", "other")
 
 
-def options(args: argparse.Namespace, folder: Path) -> dict[str, object]:
-    """What the benchmark changes in the recipe."""
-    changed: dict[str, object] = {
-        "max_steps": args.steps,
-        "learning_rate": 1e-12,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "output_dir": folder,
-    }
-    if args.model:
-        changed["model_name_or_path"] = args.model
-    if args.dataset:
-        changed["dataset_name"] = args.dataset
+def recipe(args: argparse.Namespace, folder: Path) -> dict[str, object]:
+    """The recipe's options with what the benchmark changes; no evaluation, no checkpoints."""
     if args.tiny:
-        problems = [
-            sys.executable,
-            str(ROOT / "examples/tiny/problems.py"),
-            "--out",
-            str(folder.parent),
-            "--test",
-            "16",
-        ]
+        problems = [sys.executable, str(ROOT / "examples/tiny/problems.py"), "--out", str(folder), "--test", "16"]
         subprocess.run(problems, check=True, stdout=subprocess.DEVNULL)
-        changed |= {
-            "model_name_or_path": ROOT / "examples/tiny/model",
-            "dataset_name": folder.parent / "train.jsonl",
+        options: dict[str, object] = {
+            "model_name_or_path": str(ROOT / "examples/tiny/model"),
+            "dataset_name": str(folder / "train.jsonl"),
             "prompt": "plain",
             "per_device_train_batch_size": 8,
             "num_generations": 4,
             "max_completion_length": 16,
             "use_vllm": False,
         }
-    return changed
+    else:
+        options = yaml.safe_load(Path(args.config).read_text(encoding="utf-8"))
+        options = {name: value for name, value in options.items() if not name.startswith("benchmark")}
+    options |= {"max_steps": args.steps, "learning_rate": 1e-12, "logging_steps": 1, "save_strategy": "no"}
+    if args.model:
+        options["model_name_or_path"] = args.model
+    if args.dataset:
+        options["dataset_name"] = args.dataset
+    return options
 
 
 def measure(method: str, args: argparse.Namespace) -> list[dict[str, float]]:
     """Seconds by phase, and tokens, of each step after the warm-up."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / method
-        command = [sys.executable, str(ROOT / "fura_rl/train_grpo.py"), "--method", method]
-        if not args.tiny:
-            command += ["--config", args.config, "--benchmarks"]
-        for name, value in options(args, folder).items():
-            command += [f"--{name}", str(value)]
-        print(shlex.join(command), file=sys.stderr, flush=True)
+        config = Path(scratch) / "recipe.yaml"
+        config.write_text(yaml.safe_dump(recipe(args, Path(scratch))), encoding="utf-8")
+        command = [sys.executable, str(ROOT / "fura_rl/train_grpo.py"), "--config", str(config)]
+        command += ["--method", method, "--output_dir", str(folder)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"} if args.tiny else dict(os.environ)
         subprocess.run(command, check=True, stdout=sys.stderr, env=environment)
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
