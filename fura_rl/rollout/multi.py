@@ -85,10 +85,10 @@ def _load(manager: Any, request: Any, load_lora: Callable[[Any, Any], Any]) -> A
         folder = AllowedAdapters({}, [Path(root) for root in settings.folders]).find(request.lora_path)
     fura = is_fura(folder)
     if fura:
-        if request.load_inplace and request.lora_int_id in manager.list_adapters():
+        if request.load_inplace:  # vLLM would do so again at each step
             raise FuraError(
-                f"{request.lora_name} is loaded already, and requests may be running on it: unload it first, or load "
-                "the other adapter under another name."
+                f"{request.lora_name} cannot be loaded in place, where requests may be running: unload the old adapter "
+                "first, or load the new one under another name."
             )
         model = multi_names.lora_model(request.lora_int_id, read_deltas(folder, layers))
     elif settings.with_lora:

@@ -77,7 +77,6 @@ PER_REQUEST = (
     "vllm.lora.utils._all_lora_classes",
     "vllm.lora.utils.get_adapter_absolute_path",
     "vllm.lora.worker_manager.WorkerLoRAManager._load_adapter",
-    "vllm.lora.worker_manager.WorkerLoRAManager.list_adapters",
     "vllm.v1.core.kv_cache_utils._gen_lora_extra_hash_keys",
     "vllm.v1.engine.llm_engine.LLMEngine.add_lora",
 )

@@ -178,7 +178,7 @@ def test_a_loaded_adapter_is_not_replaced_under_its_requests(llm, adapters, adap
     from vllm.lora.request import LoRARequest
 
     request = adapters["a"]
-    with pytest.raises(FuraError, match="a is loaded already"):
+    with pytest.raises(FuraError, match="a cannot be loaded in place"):
         llm.llm_engine.add_lora(LoRARequest("a", request.lora_int_id, str(adapter_dir / "b"), load_inplace=True))
 
 

@@ -81,8 +81,9 @@ def test_adapters_come_and_go_while_it_runs(server, references, adapter_dir, seq
     shutil.copytree(adapter_dir / "a", server.more / "late", dirs_exist_ok=True)
     assert load(server, "late", server.more / "late").status_code == 200
     assert max_gap([scored(server, "late", sequences[0])], references["a"][:1]) < 1e-4
-    replaced = load(server, "late", server.more / "late", load_inplace=True)
-    assert replaced.status_code != 200 and "loaded already" in replaced.text
+    for name in ("late", "new"):
+        replaced = load(server, name, server.more / "late", load_inplace=True)
+        assert replaced.status_code != 200 and "cannot be loaded in place" in replaced.text
     assert unload(server, "late").status_code == 200
 
 
