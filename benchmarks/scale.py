@@ -74,12 +74,13 @@ SHAPES = {
 class Constants:
     """What goes in. docs/performance.md and README.md hold the measured ones; the links' rates are data sheets'."""
 
-    train_rate: float = 6 * 1.409426432e9 * 16_384 / 0.6625  # measured, H200: FLOP/s of a checkpointed FuRA step
-    forward_rate: float = 4 * 1.409426432e9 * 16_384 / 0.4155  # measured, H200: FLOP/s without checkpointing
-    copy_rate: float = 4.24e12  # measured, H200: bytes/s of a copy on the device
+    train_rate: float = 6 * 1.409426432e9 * 16_384 / 0.5879  # measured, H100: FLOP/s of a checkpointed FuRA step
+    forward_rate: float = 4 * 1.409426432e9 * 16_384 / 0.4376  # measured, H100: FLOP/s without checkpointing
+    copy_rate: float = 2.78e12  # measured, H100: bytes/s of a copy on the device
     product_rate: float = 781e12  # measured, H200: FLOP/s of a large bf16 product
-    decode_overhead: float = 162.3 / 32 / 512 - 2 * 0.507e9 / 4.24e12  # measured, H100, 0.5B: s a token of a batch
-    sync_overhead: float = 4.4 / 32 / (24 * 7)  # measured, H100, 0.5B: s a matrix, TRL's path with our stream
+    decode_overhead: float = 162.3 / 32 / 512 - 2 * 0.507e9 / 2.78e12  # measured, H100, 0.5B: s a token of a batch
+    sync_in_place: float = 33e-6  # measured, H100: s a matrix, from the syncs of two models in the same process
+    sync_by_name: float = 0.119 / 196  # measured, H100: s a matrix through vLLM's loader, which sharded models need
     reward_seconds: float = 1.6 / 32 / 256  # measured: s a rollout, one host
     inside_host: float = 450e9  # bytes/s of NVLink 4, one direction
     between_hosts: float = 50e9  # bytes/s a GPU of a 400 Gb/s link
@@ -109,14 +110,14 @@ def predict(shape: Shape, gpus: int, work: Work | None = None, constants: Consta
     multiply = 2 * p * running / shape.engine_gpus / of.product_rate
     gathers = 3 * math.ceil(tokens / work.micro_batch) if shape.shards > 1 else 0  # forward, backward, log-probs
     gather = 2 * p * (shape.shards - 1) / shape.shards / of.inside_host
-    matrices = 7 * shape.layers
+    each_matrix = of.sync_by_name if shape.shards > 1 else of.sync_in_place
     phases = {
         "generate": steps * (of.decode_overhead + max(read, multiply)),
         "logprobs": 2 * p * tokens / of.forward_rate,
         "train": 6 * p * tokens / of.train_rate,
         "gather": gathers * gather,  # as if nothing overlapped
         "gradients": 2 * 4 * shape.trained * (gpus - 1) / gpus / of.between_hosts,
-        "sync": matrices * of.sync_overhead + 3 * 2 * p / shape.engine_gpus / of.copy_rate + (gather if gathers else 0),
+        "sync": 7 * shape.layers * each_matrix + 3 * 2 * p / shape.engine_gpus / of.copy_rate + (gather if gathers else 0),
         "reward": work.rollouts * of.reward_seconds / math.ceil(gpus / 8),
     }
     return {**phases, "total": sum(phases.values())}

@@ -91,15 +91,15 @@ class ModelSizes:
 def saved_inputs(sizes: ModelSizes, method: str | None, rank: int = 32) -> int:
     """Bytes of a token's inputs that a layer of a method saves, beyond what the frozen model saves (None: nothing).
 
-    FuRA and full fine-tuning save the input of `q/k/v`, of `gate/up` and of `down_proj`; that of `o_proj` is saved by
-    attention. PEFT's LoRA casts the input in each of the seven projections and saves each copy, and r numbers more; its
+    FuRA saves the input of `q/k/v` and of `gate/up`, full fine-tuning that of `down_proj` too, whose two factors serve
+    FuRA's kernels (blocks of at most 256, so not "svd"); that of `o_proj` is saved by attention. PEFT's LoRA casts the input in each of the seven projections and saves each copy, and r numbers more; its
     OFT turns each.
     """
     if method is None:
         return 0
     if method in ("lora", "oft"):
         return 2 * (5 * sizes.hidden + sizes.query + sizes.intermediate + (7 * rank if method == "lora" else 0))
-    return 2 * (2 * sizes.hidden + sizes.intermediate)
+    return 2 * (2 * sizes.hidden + (0 if method == "fura" else sizes.intermediate))
 
 
 def layer_bytes(sizes: ModelSizes, method: str | None = "fura", rank: int = 32) -> int:
