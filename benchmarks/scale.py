@@ -111,13 +111,14 @@ def predict(shape: Shape, gpus: int, work: Work | None = None, constants: Consta
     gathers = 3 * math.ceil(tokens / work.micro_batch) if shape.shards > 1 else 0  # forward, backward, log-probs
     gather = 2 * p * (shape.shards - 1) / shape.shards / of.inside_host
     each_matrix = of.sync_by_name if shape.shards > 1 else of.sync_in_place
+    passes = 3 * 2 * p / shape.engine_gpus / of.copy_rate
     phases = {
         "generate": steps * (of.decode_overhead + max(read, multiply)),
         "logprobs": 2 * p * tokens / of.forward_rate,
         "train": 6 * p * tokens / of.train_rate,
         "gather": gathers * gather,  # as if nothing overlapped
         "gradients": 2 * 4 * shape.trained * (gpus - 1) / gpus / of.between_hosts,
-        "sync": 7 * shape.layers * each_matrix + 3 * 2 * p / shape.engine_gpus / of.copy_rate + (gather if gathers else 0),
+        "sync": 7 * shape.layers * each_matrix + passes + (gather if gathers else 0),
         "reward": work.rollouts * of.reward_seconds / math.ceil(gpus / 8),
     }
     return {**phases, "total": sum(phases.values())}

@@ -92,8 +92,8 @@ def saved_inputs(sizes: ModelSizes, method: str | None, rank: int = 32) -> int:
     """Bytes of a token's inputs that a layer of a method saves, beyond what the frozen model saves (None: nothing).
 
     FuRA saves the input of `q/k/v` and of `gate/up`, full fine-tuning that of `down_proj` too, whose two factors serve
-    FuRA's kernels (blocks of at most 256, so not "svd"); that of `o_proj` is saved by attention. PEFT's LoRA casts the input in each of the seven projections and saves each copy, and r numbers more; its
-    OFT turns each.
+    FuRA's kernels (blocks of at most 256, so not "svd"); that of `o_proj` is saved by attention. PEFT's LoRA casts the
+    input in each of the seven projections and saves each copy, and r numbers more; its OFT turns each.
     """
     if method is None:
         return 0

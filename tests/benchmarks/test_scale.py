@@ -31,7 +31,7 @@ def test_sizes_are_those_of_the_models():
 
 
 def test_prediction_of_what_was_measured():
-    """The measured run itself: 0.5B on one GPU, 256 rollouts of at most 512 tokens took 5.07 s to generate; syncs of two models."""
+    """0.5B on one GPU: 256 rollouts of at most 512 tokens took 5.07 s to generate; and the syncs of two models."""
     shape = scale.Shape(24, 896, 4864, 14, 2, 151_936, True, 1, 1, head=64)
     work = scale.Work(rollouts=256, prompt=100, mean=200, longest=512)
     phases = scale.predict(shape, 1, work)
