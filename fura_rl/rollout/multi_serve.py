@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ipaddress
+import hmac
 import os
 import sys
 from collections.abc import Awaitable, Callable
@@ -16,13 +16,18 @@ from starlette.responses import JSONResponse
 from fura_rl.errors import FuraError
 from fura_rl.rollout import vllm_names
 from fura_rl.rollout.allowed import AllowedAdapters
+from fura_rl.rollout.middleware import _is_loopback
 from fura_rl.rollout.multi import is_fura
 from fura_rl.rollout.multi_settings import MultiSettings, common_block_sizes
 from fura_rl.rollout.payload import Adapter, read_folder
 
 PLUGIN = "fura_rl"
 MIDDLEWARE = "fura_rl.rollout.multi_serve.LocalManagement"
-MANAGED = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+MANAGED = {
+    "load_lora_adapter",
+    "unload_lora_adapter",
+    "adapters",
+}  # parts of paths; the last is SageMaker's name for both
 FEWEST_SLOTS = 4
 
 
@@ -87,7 +92,11 @@ def _check_plugin() -> None:
 
 
 class LocalManagement:
-    """An ASGI layer of the server: without an API key, only its own machine loads and unloads adapters."""
+    """An ASGI layer of the server: adapters are loaded and unloaded with its API key, or without one from its machine.
+
+    vLLM asks for the key on paths below /v1 only, and has these routes below /adapters too. Whatever `--root-path` puts
+    in front of them does not matter here.
+    """
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -95,18 +104,22 @@ class LocalManagement:
     async def __call__(
         self, scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Awaitable[None]]
     ) -> None:
-        if scope["type"] == "http" and scope["path"].removeprefix(scope.get("root_path", "")) in MANAGED:
-            request = Request(scope, receive)
-            local = request.client is None or _is_loopback(request.client.host)
-            if not local and not vllm_names.api_keys_of_app(request.app):
-                sentence = "Without an API key, adapters are managed from the server's own machine only."
-                await JSONResponse({"error": sentence}, status_code=403)(scope, receive, send)
+        if scope["type"] == "http" and not MANAGED.isdisjoint(scope["path"].split("/")):
+            refusal = _refusal(Request(scope, receive))
+            if refusal is not None:
+                await refusal(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+def _refusal(request: Request) -> JSONResponse | None:
+    keys = vllm_names.api_keys_of_app(request.app)
+    if not keys:
+        if request.client is None or _is_loopback(request.client.host):
+            return None
+        sentence = "Without an API key, adapters are managed from the server's own machine only."
+        return JSONResponse({"error": sentence}, status_code=403)
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and any(hmac.compare_digest(given.encode(), key.encode()) for key in keys):
+        return None
+    return JSONResponse({"error": "This server's API key is needed to manage its adapters."}, status_code=401)

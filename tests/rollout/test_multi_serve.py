@@ -61,6 +61,9 @@ def references(server, tiny_model, adapter_dir, sequences):
 def test_concurrent_requests_each_get_the_adapter_that_they_name(server, references, sequences):
     models = httpx.get(f"{server.url}/v1/models", timeout=30).json()["data"]
     assert {model["id"] for model in models} == set(references)
+    paths = httpx.get(f"{server.url}/openapi.json", timeout=30).json()["paths"]
+    manage = {path for path in paths if "adapter" in path}
+    assert len(manage) >= 2 and not any(multi_serve.MANAGED.isdisjoint(path.split("/")) for path in manage)
     work = [(name, i) for _ in range(4) for i in range(len(sequences)) for name in references]
     with ThreadPoolExecutor(9) as pool:
         answers = list(pool.map(lambda item: scored(server, item[0], sequences[item[1]]), work))
@@ -193,21 +196,30 @@ def test_merged_weights_and_adapters_per_request_do_not_mix(tmp_path, capsys, mo
 
 
 @pytest.mark.parametrize(
-    ("host", "keys", "status"), [("127.0.0.1", None, 200), ("10.0.0.7", None, 403), ("10.0.0.7", ["k"], 200)]
+    ("host", "keys", "given", "status"),
+    [
+        ("127.0.0.1", None, "", 200),
+        ("10.0.0.7", None, "", 403),
+        ("10.0.0.7", ["k"], "Bearer k", 200),
+        ("10.0.0.7", ["k"], "Bearer other", 401),
+        ("127.0.0.1", ["k"], "", 401),
+    ],
 )
-def test_who_may_load_adapters(host, keys, status, monkeypatch):
-    """With a key vLLM itself asks for it; without one only this machine may. Requests for answers are not touched."""
+@pytest.mark.parametrize("root_path", ["", "/", "/served"])
+def test_who_may_load_adapters(host, keys, given, status, root_path, monkeypatch):
+    """On every path that leads there, also those on which vLLM asks for no key; other requests are not touched."""
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    routes = [Route(path, lambda request: PlainTextResponse("done")) for path in (*multi_serve.MANAGED, "/v1/models")]
+    managed = ["/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/adapters", "/adapters/a"]
+    routes = [Route(path, lambda request: PlainTextResponse("done")) for path in (*managed, "/v1/models")]
     app = Starlette(routes=routes)
     app.state.args = SimpleNamespace(api_key=keys)
     layer = multi_serve.LocalManagement(app)
 
     async def outer(scope, receive, send):
-        await layer({**scope, "app": app}, receive, send)
+        await layer({**scope, "app": app, "root_path": root_path}, receive, send)
 
-    client = TestClient(outer, client=(host, 1234))
-    assert [client.get(path).status_code for path in multi_serve.MANAGED] == [status, status]
+    client = TestClient(outer, client=(host, 1234), headers={"authorization": given})
+    assert [client.get(path).status_code for path in managed] == [status] * len(managed)
     assert client.get("/v1/models").status_code == 200
 
 
