@@ -132,7 +132,11 @@ class FuraBlocks(nn.Module):
 
     @classmethod
     def from_tensors(cls, config: FuraConfig, tensors: Mapping[str, torch.Tensor]) -> "FuraBlocks":
-        """The blocks that an adapter's file describes, without its base weight."""
+        """The blocks that an adapter's file describes, without its base weight. They share the file's tensors.
+
+        Raises:
+            RuntimeError: tensors do not fit together.
+        """
         num_blocks, block_size, _ = tensors["core"].shape
         blocks = cls(
             num_blocks,
@@ -141,9 +145,15 @@ class FuraBlocks(nn.Module):
             singular_values=config.singular_values,
             basis=config.basis,
             bias_features=len(tensors["bias"]) if "bias" in tensors else None,
+            device=torch.device("meta"),
         )
         blocks.fold = tensors.get("fold")
-        blocks.load_state_dict(dict(tensors), strict=False)
+        precise = {name: value.to(torch.promote_types(value.dtype, torch.float32)) for name, value in tensors.items()}
+        blocks.load_state_dict(precise, strict=False, assign=True)
+        for name, value in [*blocks.named_parameters(), *blocks.named_buffers()]:
+            if value.is_meta:  # not in the file
+                zeros = torch.zeros(value.shape, dtype=value.dtype)
+                setattr(blocks, name, nn.Parameter(zeros) if isinstance(value, nn.Parameter) else zeros)
         return blocks
 
     @torch.no_grad()

@@ -84,7 +84,7 @@ def _checked(
 def check_values(key: str, tensors: Mapping[str, torch.Tensor]) -> None:
     """Raises AdapterError unless all values are finite, the basis orthogonal and the singular values positive."""
     for tensor, value in tensors.items():
-        if not torch.isfinite(value).all():
+        if value.numel() and not all(torch.isfinite(extreme) for extreme in value.aminmax()):  # one pass, no copy
             raise AdapterError(f"{tensor} of {key} holds NaN or infinite values: the adapter is corrupted.")
     if "sigma" in tensors and not (tensors["sigma"] > 0).all():
         raise AdapterError(f"sigma of {key} is not positive: the adapter is corrupted.")

@@ -58,6 +58,7 @@ class InEngineAdapter:
         self._undo: Merge | None = None  # what the last commit replaced, if it succeeded
         self._lost = False
         self._packed = vllm_names.packed_modules(model)
+        self._samples: dict[str, torch.Tensor] = {}  # of base weights
 
     # -- prepare --------------------------------------------------------------------------------------------------
 
@@ -110,12 +111,17 @@ class InEngineAdapter:
                 f"The adapter was made for another base model: its blocks of {name} cover {width} features, this "
                 f"model has {adapted}."
             )
-        if sample is not None and is_other_weight(sample, sample_entries(self.pristine[f"{name}.weight"])):
+        if sample is not None and is_other_weight(sample, self._base_sample(name)):
             raise FuraError(f"The adapter was made for another base model: the weight of {name} differs altogether.")
         if blocks.bias is not None:
             bias = f"{name}.bias"
             if bias not in self.pristine or self.pristine.shape(bias) != tuple(blocks.bias.shape):
                 raise FuraError(f"The adapter was made for another base model: it trains a bias of {name}.")
+
+    def _base_sample(self, name: str) -> torch.Tensor:
+        if name not in self._samples:  # reading a weight means copying it to the device
+            self._samples[name] = sample_entries(self.pristine[f"{name}.weight"])
+        return self._samples[name]
 
     # -- commit ---------------------------------------------------------------------------------------------------
 

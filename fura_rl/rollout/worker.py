@@ -8,6 +8,7 @@ requests are served; between `fura_commit` and the reset of the prefix cache no 
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import wraps
 from typing import Any
 
@@ -86,8 +87,10 @@ class _State:
 
     def prepare(self, adapter: Adapter | None) -> Reply:
         self.prepared = None
-        self.prepared = self.engine.prepare(adapter)
-        return {"checksum": "" if adapter is None else adapter.checksum, "layers": len(self.prepared.blocks)}
+        with ThreadPoolExecutor(1) as beside:  # hashing takes as long as the checks
+            checksum = beside.submit(lambda: "" if adapter is None else adapter.checksum)
+            self.prepared = self.engine.prepare(adapter)
+        return {"checksum": checksum.result(), "layers": len(self.prepared.blocks)}
 
     def commit(self) -> None:
         if self.prepared is None:
