@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 
 from .kernels import block_transform, padded, run_gradient_shares, run_transform
 from .triton_launch import Kernel
@@ -281,6 +282,7 @@ class BlockMultiply(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple:
         delta, *saved = ctx.saved_tensors
         if not ctx.trained:

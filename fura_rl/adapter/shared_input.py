@@ -7,7 +7,8 @@ the model's architecture: a group whose layers turn out to read different tensor
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import weakref
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -20,21 +21,29 @@ if TYPE_CHECKING:
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("q", "k", "v"))
 
-MISSES = 3  # passes in a row whose other outputs nobody fetched, after which a group is given up
+MISSES = 3  # passes in a row of whose outputs some were never fetched, after which a group is given up
+
+
+class _Stash(NamedTuple):
+    """What one pass computed and nobody has fetched yet."""
+
+    source: torch.Tensor
+    state: tuple
+    outputs: dict[int, torch.Tensor]  # by the layer's id
 
 
 class SharedInput:
     """Two or three layers that probably read the same input."""
 
     def __init__(self, layers: list[FuraLayer]) -> None:
-        self.layers = layers
+        self._layers = [weakref.ref(layer) for layer in layers]  # a cycle would keep a deleted model in memory
         self._misses = 0  # in a row
-        self._clear()
+        self._stash: _Stash | None = None  # one object: threads that run one model exchange it as a whole
 
-    def _clear(self) -> None:
-        self._source: torch.Tensor | None = None
-        self._state: tuple = ()
-        self._outputs: dict[FuraLayer, torch.Tensor] = {}
+    @property
+    def layers(self) -> list[FuraLayer]:
+        """Those that still exist; none once the group is given up."""
+        return [layer for ref in self._layers if (layer := ref()) is not None]
 
     def multiply(self, layer: FuraLayer, x: torch.Tensor, source: torch.Tensor) -> torch.Tensor | None:
         """`M x` of the layer's one active adapter; None if this call is not one to be shared.
@@ -44,36 +53,47 @@ class SharedInput:
             x: (*, in) in the dtype that the base layer computes in.
             source: what the layer was called with: `x`, or a tensor of another dtype of which `x` is a copy.
         """
-        if torch.compiler.is_compiling() or x.is_inference() or not transform.have_kernels(x):
+        if torch.compiler.is_compiling() or not transform.have_kernels(x):
             return None
-        all_blocks = [blocks for one in self.layers if (blocks := _only_blocks(one)) is not None]
-        if not self.layers or len(all_blocks) < len(self.layers) or not _can_share(all_blocks, x):
-            self._clear()
+        if torch.is_inference_mode_enabled() or source.is_inference():  # no version to see changes by
             return None
+        layers = self.layers
+        if layer not in layers:  # given up, or a replica of `DataParallel`, whose siblings are replicas too
+            return None
+        all_blocks = [blocks for one in layers if (blocks := _only_blocks(one)) is not None]
+        if len(all_blocks) < len(self._layers) or not _can_share(all_blocks, x):
+            self._stash = None
+            return None
+        # Activation checkpointing repeats the calls inside each of its regions, where they must save as many tensors
+        # again: what one region computed is not handed to another, and no group is given up between the two.
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
         # what the outputs depend on, besides the values of x
         state = (
             source._version,
+            source.requires_grad,
             x.dtype,
             torch.is_grad_enabled(),
-            *((blocks, blocks.core._version) for blocks in all_blocks),
+            hooks,
+            *((b, b.core._version, None if b.scale is None else b.scale._version) for b in all_blocks),
         )
-        if layer in self._outputs:
-            if source is not self._source:  # computed for nothing: do these layers read different tensors?
-                self._misses += 1
-            elif state == self._state:
-                y = self._outputs.pop(layer)
-                self._misses = 0
-                if not self._outputs:
-                    self._clear()
+        stash, self._stash = self._stash, None
+        if stash is not None and stash.source is source:
+            y = stash.outputs.pop(id(layer), None) if stash.state == state else None
+            if y is not None and not getattr(y.grad_fn, "spent", False):
+                if stash.outputs:
+                    self._stash = stash
+                else:
+                    self._misses = 0
                 return y
-            self._clear()
-            if self._misses == MISSES:
-                self.layers = []
+        elif stash is not None and hooks is None:  # computed for nothing: do these layers read different tensors?
+            self._misses += 1
+            if self._misses >= MISSES:
+                self._layers = []
                 return None
-        outputs = transform.shared_multiply(x, all_blocks)
-        self._source, self._state = source, state
-        self._outputs = dict(zip(self.layers, outputs, strict=True))
-        return self._outputs.pop(layer)
+        outputs = dict(zip(map(id, layers), transform.shared_multiply(x, all_blocks), strict=True))
+        y = outputs.pop(id(layer))
+        self._stash = _Stash(source, state, outputs)
+        return y
 
     def __getstate__(self) -> dict:
         return {"layers": self.layers}  # copies and pickles of a model start without a half-used pass

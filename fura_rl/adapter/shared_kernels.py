@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 
 from .delta_kernels import Tensors, run_delta_gradients, run_deltas
 from .kernels import Launch, _dot, evenly_spaced, padded
@@ -232,8 +233,10 @@ class SharedMultiply(torch.autograd.Function):
         return tuple(run_shared_transform(x, delta_cnbb))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple:
         x, delta_cnbb, *flat = ctx.saved_tensors
+        ctx.spent = True  # an output that was not fetched before has no gradient any more
         dx, shares = run_shared_gradient_shares(list(gradients), x, delta_cnbb, ctx.needs_input_grad[0])
         d_cores, d_scales = run_delta_gradients(shares, _adapters(flat), ctx.merged, False)
         has_scale = flat[3] is not None

@@ -138,14 +138,23 @@ def product_factors(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None
 
     The last projection of a gated MLP reads `act(gate) * up`. Both factors stay in memory until the backward pass, and
     multiplying them again there costs less than keeping the widest activation of a layer. Nothing is assumed about the
-    model: autograd's record of how `x` was made says it. Not under hooks that replace saved tensors (activation
-    checkpointing, offloading): looking would compute or fetch them.
+    model: autograd's record of how `x` was made says it. Not where hooks replace saved tensors (activation
+    checkpointing, offloading), now or when `x` was made: looking would compute or fetch them.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.grad_fn is None:
         return None
-    if x.grad_fn.name() != "MulBackward0" or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+    node: Any = x.grad_fn
+    # of another version, `x` was changed in place since (or made so) and need not be the product that autograd knows
+    if node.name() != "MulBackward0" or x._version:
         return None
-    factors = x.grad_fn._saved_self, x.grad_fn._saved_other  # type: ignore[attr-defined]
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        return None
+    try:
+        if node._raw_saved_self.unpack_hook is not None or node._raw_saved_other.unpack_hook is not None:
+            return None
+        factors = node._saved_self, node._saved_other
+    except RuntimeError:  # freed by a backward pass, or changed in place
+        return None
     if any(f is None or f.shape != x.shape or f.dtype != x.dtype or f.device != x.device for f in factors):
         return None
     return factors[0].detach(), factors[1].detach()

@@ -4,12 +4,15 @@ Runs in Triton's interpreter on a CPU, as `test_kernels.py` does.
 """
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
 from kernel_cases import DTYPES, INTERPRETED, ROUNDING, inputs, kernels, reference, relative_error, run_in_interpreter
 from tiny_nets import adapted_llama, tokens
+from torch.utils.checkpoint import checkpoint
 
 from fura_rl.adapter import transform
 from fura_rl.adapter.shared_input import MISSES
@@ -65,13 +68,6 @@ def test_gradient_of_an_input_kept_as_its_two_factors(device, dtype, n, b):
             factors = run_gradient_shares(g, left, delta, with_dx, other=other)
             assert torch.equal(direct[0], factors[0])
             assert relative_error(factors[1], direct[1].double().cpu()) < (2.0**-7 if INTERPRETED else 1e-6)
-
-
-def llama_gradients(model, device, batch):
-    model.zero_grad()
-    loss = model(input_ids=batch, labels=batch).loss
-    loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.fixture
@@ -173,18 +169,135 @@ def test_what_changes_between_two_layers_is_seen(device, model, passes):
 
 
 @kernels
-def test_layers_that_read_different_tensors_part(device, model, passes):
-    """As in cross attention: computed for nothing a few times, then never again."""
+def test_more_that_changes_between_two_layers_is_seen(device, model, passes):
+    attention = model.base_model.model.model.layers[0].self_attn
+    q, k = attention.q_proj, attention.k_proj
+    x = torch.randn(1, 2, 32, device=device)
+    for layer in (q, k):  # each graph is freed before the next layer is called
+        layer(x).sum().backward()
+    assert k.fura_blocks["default"].core.grad.any()
+    q(x)
+    before = k(x).detach()
+    q(x)
+    with torch.no_grad():
+        k.fura_blocks["default"].scale.add_(0.3)
+    assert not torch.allclose(k(x), before)
+    q(x)
+    k(x.requires_grad_()).sum().backward()
+    assert x.grad is not None
+
+
+@kernels
+def test_each_layer_checkpointed_alone(device, model):
+    """A recomputation saves what the forward pass of its region saved, whatever other regions computed."""
+    attention = model.base_model.model.model.layers[0].self_attn
+    layers = attention.q_proj, attention.k_proj, attention.v_proj
+    gradients = []
+    for run in (lambda layer, x: layer(x), lambda layer, x: checkpoint(layer, x, use_reentrant=False)):
+        x = torch.linspace(-1, 1, 64, device=device).view(1, 2, 32).requires_grad_()
+        sum(run(layer, x).square().sum() for layer in layers).backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
+
+
+@kernels
+@pytest.mark.parametrize("called", [("q_proj", "k_proj"), ("q_proj", "k_proj", "v_proj"), ("q_proj",)])
+def test_layers_that_read_different_tensors_part(device, model, passes, called):
+    """As in cross attention, whose keys and values may be cached: computed for nothing a few times, then no more."""
     attention = model.base_model.model.model.layers[0].self_attn
     x, other = torch.randn(2, 1, 2, 32, device=device).unbind(0)
-    expected = attention.k_proj.base_layer(attention.k_proj.fura_blocks["default"](other))
+    layers = [getattr(attention, name) for name in called]
+    expected = [layer.base_layer(layer.fura_blocks["default"](other)) for layer in layers]
     for _ in range(MISSES + 2):
-        attention.q_proj(x)
-        torch.testing.assert_close(attention.k_proj(other), expected)
-    assert len(passes) <= 2 * MISSES
+        layers[0](x.clone())
+        for layer, y in zip(layers[1:], expected[1:], strict=True):
+            torch.testing.assert_close(layer(other), y)
+    assert len(passes) == MISSES
     attention.q_proj(x)
     attention.k_proj(x)
-    assert len(passes) <= 2 * MISSES
+    assert len(passes) == MISSES
+    assert attention.q_proj.shared_input._stash is None
+
+
+@kernels
+def test_a_replica_does_not_use_the_original_layers(device, model, passes):
+    """`torch.nn.DataParallel` copies modules, not what they refer to: those are on another device."""
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    replica = layer._replicate_for_data_parallel()
+    replica._modules.update(layer._modules)
+    x = torch.randn(1, 2, 32, device=device)
+    expected = layer(x)
+    del passes[:]
+    torch.testing.assert_close(replica(x), expected, rtol=1e-5, atol=1e-6)
+    assert passes == []
+
+
+@kernels
+def test_inputs_of_inference_mode(device, model, passes):
+    """They have no version; under autocast only the copy that the layer makes of them has."""
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    with torch.inference_mode():
+        x = torch.randn(1, 2, 32, device=device)
+        layer(x)
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+        layer(x)
+    assert passes == []
+
+
+@kernels
+def test_a_deleted_layer_is_gone_at_once(device, model):
+    attention = model.base_model.model.model.layers[0].self_attn
+    x = torch.randn(1, 2, 32, device=device)
+    attention.q_proj(x)  # half-used
+    deleted = weakref.ref(attention.k_proj)
+    gc.collect()
+    gc.disable()
+    try:
+        del attention.k_proj
+        assert deleted() is None
+    finally:
+        gc.enable()
+    attention.q_proj(x)
+
+
+@kernels
+def test_second_derivatives_are_refused(device, model):
+    attention = model.base_model.model.model.layers[0].self_attn
+    for layer in (attention.q_proj, model.base_model.model.model.layers[0].mlp.down_proj):
+        x = torch.ones(1, layer.in_features, device=device, requires_grad=True)
+        (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            dx.sum().backward()
+
+
+@kernels
+def test_products_that_are_not_kept_as_factors(device, model):
+    layer = model.base_model.model.model.layers[0].mlp.down_proj
+    core = layer.fura_blocks["default"].core
+    left, right = torch.randn(2, 3, 48, device=device).requires_grad_().unbind(0)
+
+    def gradient(x):
+        return torch.autograd.grad(layer(x).square().sum(), core, retain_graph=True)[0]
+
+    x = left * right
+    assert transform.product_factors(x) is not None
+    with torch.no_grad():
+        x.mul_(3.0)  # autograd still knows the old product
+    torch.testing.assert_close(gradient(x), gradient(x.detach()))
+    for other in (2.0, right[0], right.to(torch.bfloat16)):
+        assert transform.product_factors(left * other) is None
+    calls = []
+    multiply = lambda a, b: calls.append(1) or torch.sin(a) * torch.cos(b)  # noqa: E731
+    x = checkpoint(multiply, left, right, use_reentrant=False)
+    assert transform.product_factors(x) is None and len(calls) == 1  # not computed again by looking
+    a, b = left + 0, right + 0
+    x = a * b
+    x.sum().backward()
+    assert transform.product_factors(x) is None
+    x = a * b
+    with torch.no_grad():
+        a.zero_()
+    assert transform.product_factors(x) is None
 
 
 @kernels
