@@ -11,8 +11,8 @@ A sweep is a YAML file:
     seeds: [1, 2, 3]
 
 A list below a method makes one run for each of its values. Each run is a process of its own in `output_dir/<name>`:
-what is done is not made again, what was interrupted goes on from its last checkpoint. `--only N` makes one run, for
-the arrays of a scheduler; the table reads whatever is there.
+what is done is not made again, what was interrupted goes on from its last checkpoint, and what was begun with other
+options is refused. `--only N` makes one run, for the arrays of a scheduler; the table reads whatever is there.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from fura_rl.eval.statistics import exact
 from fura_rl.trainer.checkpoints import list_checkpoints
 
 KEYS = {"recipe", "output_dir", "options", "methods", "seeds"}
+RECIPE = "sweep_recipe.yaml"  # in a run's folder: with which options it was begun
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def plan_sweep(path: Path) -> list[SweepRun]:
     """Every run that a sweep's file asks for, in order.
 
     Raises:
-        FuraError: The file cannot be read, or does not say what is needed.
+        FuraError: The file cannot be read, does not say what is needed, or has changed since a run of it was begun.
     """
     if not path.is_file():
         raise FuraError(f"There is no sweep file {path}.")
@@ -97,7 +98,28 @@ def plan_sweep(path: Path) -> list[SweepRun]:
                 folder = Path(sweep["output_dir"]) / "-".join(filter(None, [name, setting, f"seed={seed}"]))
                 options = {**common, **own, **chosen, "seed": seed, "output_dir": str(folder)}
                 runs.append(SweepRun(name, setting, seed, options, folder))
+    for run in runs:
+        check_unchanged(run)
     return runs
+
+
+def check_unchanged(run: SweepRun) -> None:
+    """Refuse a run that was begun with other options: its result would stand in the table for these.
+
+    Raises:
+        FuraError: Some differ.
+    """
+    path = run.folder / RECIPE
+    if not path.is_file():
+        return
+    begun = yaml.safe_load(path.read_text(encoding="utf-8"))
+    begun.pop("resume_from_checkpoint", None)
+    changed = sorted(key for key in begun.keys() | run.options.keys() if begun.get(key) != run.options.get(key))
+    if changed:
+        raise FuraError(
+            f"{run.folder} was begun with other values of {', '.join(changed)}: set them back, give the sweep another "
+            "output_dir, or remove that folder."
+        )
 
 
 def train_one(run: SweepRun, gpu: int | None = None, threads: int | None = None) -> int:
@@ -112,7 +134,7 @@ def train_one(run: SweepRun, gpu: int | None = None, threads: int | None = None)
     options = dict(run.options)
     if list_checkpoints(run.folder):
         options["resume_from_checkpoint"] = "latest"
-    recipe = run.folder / "sweep_recipe.yaml"
+    recipe = run.folder / RECIPE
     recipe.write_text(yaml.safe_dump(options), encoding="utf-8")
     environment = dict(os.environ)
     if gpu is not None:

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from fura_rl.errors import FuraError
-from fura_rl.trainer.sweep import plan_sweep, summarise, sweep_command, sweep_table
+from fura_rl.trainer.sweep import RECIPE, plan_sweep, summarise, sweep_command, sweep_table
 
 
 @pytest.fixture
@@ -50,6 +50,15 @@ def test_a_run_counts_as_done_when_it_made_all_its_steps(sweep):
     assert run.summary is None and run.curve() == []
     finish(run, 0.2, 0.4)
     assert run.curve() == [(0, 0.2), (1, 0.4)]
+
+
+def test_a_run_that_was_begun_with_other_options_is_not_taken_for_this_one(sweep):
+    run = plan_sweep(sweep(["fura"]))[0]
+    finish(run, 0.2, 0.4)
+    (run.folder / RECIPE).write_text(yaml.safe_dump({**run.options, "resume_from_checkpoint": "latest"}))
+    assert plan_sweep(sweep(["fura"]))[0].summary is not None
+    with pytest.raises(FuraError, match=r"begun with other values of beta, max_steps: set them back"):
+        plan_sweep(sweep(["fura"], recipe={"beta": 0.1}, options={"max_steps": 4}))
 
 
 def test_the_table_takes_each_methods_best_setting(sweep):
