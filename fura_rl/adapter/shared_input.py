@@ -29,7 +29,7 @@ class _Stash(NamedTuple):
 
     source: torch.Tensor
     state: tuple
-    outputs: dict[int, torch.Tensor]  # by the layer's id
+    outputs: dict[int, tuple[torch.Tensor, tuple]]  # by the layer's id, with what else each depends on
 
 
 class SharedInput:
@@ -57,41 +57,38 @@ class SharedInput:
             return None
         if torch.is_inference_mode_enabled() or source.is_inference():  # no version to see changes by
             return None
-        layers = self.layers
-        if layer not in layers:  # given up, or a replica of `DataParallel`, whose siblings are replicas too
-            return None
-        all_blocks = [blocks for one in layers if (blocks := _only_blocks(one)) is not None]
-        if len(all_blocks) < len(self._layers) or not _can_share(all_blocks, x):
-            self._stash = None
-            return None
         # Activation checkpointing repeats the calls inside each of its regions, where they must save as many tensors
         # again: what one region computed is not handed to another, and no group is given up between the two.
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-        # what the outputs depend on, besides the values of x
-        state = (
-            source._version,
-            source.requires_grad,
-            x.dtype,
-            torch.is_grad_enabled(),
-            hooks,
-            *((b, b.core._version, None if b.scale is None else b.scale._version) for b in all_blocks),
-        )
+        # what all outputs depend on, besides the values of x
+        state = source._version, source.requires_grad, x.dtype, torch.is_grad_enabled(), hooks
         stash, self._stash = self._stash, None
-        if stash is not None and stash.source is source:
-            y = stash.outputs.pop(id(layer), None) if stash.state == state else None
-            if y is not None and not getattr(y.grad_fn, "spent", False):
+        same_source = stash is not None and stash.source is source
+        if stash is not None and same_source and stash.state == state and id(layer) in stash.outputs:
+            y, trained = stash.outputs.pop(id(layer))
+            blocks = _only_blocks(layer)
+            if blocks is not None and trained == _trained(blocks) and not getattr(y.grad_fn, "spent", False):
                 if stash.outputs:
                     self._stash = stash
                 else:
                     self._misses = 0
                 return y
-        elif stash is not None and hooks is None:  # computed for nothing: do these layers read different tensors?
-            self._misses += 1
+        layers = self.layers
+        if layer not in layers:  # given up, or a replica of `DataParallel`, whose siblings are replicas too
+            return None
+        all_blocks = [blocks for one in layers if (blocks := _only_blocks(one)) is not None]
+        if len(all_blocks) < len(self._layers) or not _can_share(all_blocks, x):
+            return None
+        if stash is not None and not same_source and hooks is None:
+            self._misses += 1  # computed for nothing: do these layers read different tensors?
             if self._misses >= MISSES:
                 self._layers = []
                 return None
-        outputs = dict(zip(map(id, layers), transform.shared_multiply(x, all_blocks), strict=True))
-        y = outputs.pop(id(layer))
+        multiplied = transform.shared_multiply(x, all_blocks)
+        outputs = {
+            id(one): (y, _trained(blocks)) for one, blocks, y in zip(layers, all_blocks, multiplied, strict=True)
+        }
+        y, _ = outputs.pop(id(layer))
         self._stash = _Stash(source, state, outputs)
         return y
 
@@ -110,21 +107,30 @@ def _only_blocks(layer: FuraLayer) -> FuraBlocks | None:
     return found[0] if len(found) == 1 and found[0].side == "input" else None
 
 
+def _trained(blocks: FuraBlocks) -> tuple:
+    """What changes where the trained tensors of `blocks` do."""
+    core, scale = blocks.core, blocks.scale
+    return blocks, id(core), core._version, core.requires_grad, None if scale is None else scale._version
+
+
 def _can_share(all_blocks: list[FuraBlocks], x: torch.Tensor) -> bool:
     first = all_blocks[0]
-    return transform.can_share(x, first.block_size) and all(
-        blocks.core.shape == first.core.shape
+    shape = first.core.shape
+    return transform.can_share(x, shape[1]) and all(
+        _is_plain(blocks.core)
+        and blocks.core.shape == shape
         and blocks.singular_values == first.singular_values
         and (blocks.sigma is None) == (first.sigma is None)
         and blocks.basis is not None
         and blocks.fold is None
-        and blocks.core.requires_grad
-        # sharded (FSDP) or fetched by hooks of its own module (ZeRO-3, offloading): only its forward may read it
-        and type(blocks.core) is nn.Parameter
-        and not hasattr(blocks.core, "ds_id")
-        and not hasattr(blocks, "_hf_hook")
+        and "_hf_hook" not in blocks.__dict__  # accelerate offloads: only its own forward may read it
         for blocks in all_blocks
     )
+
+
+def _is_plain(core: torch.Tensor) -> bool:
+    """Whether `core` is trained and lies here: not sharded (FSDP), nor fetched by its module's hooks (ZeRO-3)."""
+    return type(core) is nn.Parameter and core.requires_grad and not hasattr(core, "ds_id")
 
 
 def link_shared_inputs(model: nn.Module, layer_class: type[FuraLayer]) -> None:
