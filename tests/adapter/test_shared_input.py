@@ -6,7 +6,9 @@ Runs in Triton's interpreter on a CPU, as `test_kernels.py` does.
 import copy
 import gc
 import pickle
+import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from kernel_cases import DTYPES, INTERPRETED, ROUNDING, inputs, kernels, referen
 from tiny_nets import adapted_llama, tokens
 from torch.utils.checkpoint import checkpoint
 
-from fura_rl.adapter import transform
+from fura_rl.adapter import shared_input, transform
 from fura_rl.adapter.shared_input import MISSES
 
 
@@ -230,6 +232,31 @@ def test_a_replica_does_not_use_the_original_layers(device, model, passes):
     del passes[:]
     torch.testing.assert_close(replica(x), expected, rtol=1e-5, atol=1e-6)
     assert passes == []
+
+
+@kernels
+def test_threads_that_run_one_model(device, model, monkeypatch):
+    """Each gets its own results, whoever computed last."""
+    attention = model.base_model.model.model.layers[0].self_attn
+    layers = attention.q_proj, attention.k_proj, attention.v_proj
+    shared = attention.q_proj.shared_input
+    monkeypatch.setattr(transform, "shared_multiply", lambda x, _: (x, x + 1, x + 2))
+    monkeypatch.setattr(shared_input, "MISSES", 10**9)
+
+    @torch.no_grad()
+    def run(value):
+        for _ in range(1000):
+            x = torch.full((1, 32), value, device=device)
+            for i, layer in enumerate(layers):
+                assert shared.multiply(layer, x, x)[0, 0] == value + i
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(run, [0.0, 100.0, 200.0, 300.0]))
+    finally:
+        sys.setswitchinterval(interval)
 
 
 @kernels
