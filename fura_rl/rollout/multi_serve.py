@@ -44,9 +44,10 @@ def server(base: str, adapters: list[str], folders: list[Path], options: list[st
         FuraError: an adapter cannot be served, or vLLM would not find this package's plugin.
     """
     _check_plugin()
-    if "--lora-modules" in options:
+    given = {option.partition("=")[0].replace("_", "-") for option in options}  # as vLLM reads them
+    if "--lora-modules" in given:
         raise FuraError("Name LoRA adapters as those of FuRA are named: --adapter NAME=PATH.")
-    with_lora = "--enable-lora" in options
+    with_lora = "--enable-lora" in given
     named, readable = _named(adapters, with_lora)
     settings = MultiSettings(
         folders=[str(folder.resolve()) for folder in folders] + list(named.values()),

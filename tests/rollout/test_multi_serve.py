@@ -148,6 +148,7 @@ def test_the_command_line(own_files, tiny_model, monkeypatch):
     settings = MultiSettings.from_environment()
     assert not settings.with_lora and str(own_files) in settings.folders
     assert settings.block_sizes == {256: 16, 512: 32}
+    assert "--max-lora-rank" not in multi_serve.server("base", [], [], ["--enable_lora"])[0]
     command, environment = multi_serve.server("base", named[:1], [], ["--enable-lora"])
     assert "--max-lora-rank" not in command and "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in environment
     assert command[command.index("--max-loras") + 1] == "4"
@@ -171,6 +172,8 @@ def test_block_sizes_that_all_adapters_fit_into(tiny_model, tmp_path):
         (["a={dir}/lora"], [], "add --enable-lora"),
         (["a={dir}/none"], [], "holds no adapter_config.json"),
         ([], ["--lora-modules", "a=b"], "--adapter NAME=PATH"),
+        ([], ["--lora-modules=a=b"], "--adapter NAME=PATH"),
+        ([], ["--lora_modules", "a=b"], "--adapter NAME=PATH"),
     ],
 )
 def test_what_cannot_be_served(own_files, adapters, options, reason):
