@@ -24,7 +24,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from fura_rl.errors import FuraError
 from fura_rl.rollout import vllm_names
 from fura_rl.rollout.in_place import InPlaceMerge
-from fura_rl.rollout.merged import merged_weights
+from fura_rl.rollout.merged import checkpoint_name, merged_weights
 from fura_rl.rollout.probe import score_in_process, score_on_server
 from fura_rl.rollout.transport import AdapterVLLMClient, adapter_of, check_model
 
@@ -77,6 +77,7 @@ class FuraVLLMGeneration(VLLMGeneration):
     def _init_vllm(self) -> None:
         if self.transport not in ("merged", "adapter"):
             raise FuraError(f"vllm_transport is merged or adapter, not {self.transport!r}.")
+        self._check_tied_head()
         if self.transport == "adapter" and self.mode != "server":
             raise FuraError("vllm_transport: adapter needs vllm_mode: server.")
         if self._sends_adapter:
@@ -124,6 +125,17 @@ class FuraVLLMGeneration(VLLMGeneration):
         """What TRL streams to a server, and what the first push loads into a colocated engine: the merged policy."""
         return self._stream()
 
+    def _check_tied_head(self) -> None:
+        """An engine whose head is its embedding has no place for one of the two that was trained apart."""
+        if not getattr(self.model.config, "tie_word_embeddings", False):
+            return
+        for name, _ in self.model.named_parameters():
+            if "modules_to_save." in name and ("lm_head" in name or "embed_tokens" in name):
+                raise FuraError(
+                    f"{checkpoint_name(name)} is trained apart from the weight that it is tied to, which the engine "
+                    "cannot hold: leave it out of modules_to_save, or untie the model (tie_word_embeddings)."
+                )
+
     def _stream(self, **options: Any) -> Iterator[tuple[str, torch.Tensor]]:
         if self._dist.fsdp_version == 1:
             raise FuraError("FuRA cannot sync from FSDP1's flat shards: set fsdp_version: 2, or use DDP or ZeRO.")
@@ -155,12 +167,12 @@ class FuraVLLMGeneration(VLLMGeneration):
             self.llm.wake_up(tags=["weights"])
             lost = self.sleep_level == 2
         self._llm_weights_sleeping = False
-        if self._in_place is None or lost:  # biases and all that no adapter touches is lost too
-            self._load(self._stream())
+        if self._in_place is None or lost or (self._packed and not self._in_place.complete):
+            self._load(self._stream())  # lost are biases too, and what no adapter touches; packed layers load whole
         else:
             self._in_place.write(self._random_bits())
-            if not self._in_place.complete:  # packed layers are reloaded whole
-                self._load(self._stream(only_adapted=not self._packed, skip=self._in_place.names))
+            if not self._in_place.complete:
+                self._load(self._stream(only_adapted=True, skip=self._in_place.names))
         if self._in_place is None:
             self._in_place = InPlaceMerge(self.model, vllm_names.model_of(self.llm))
         self.llm.reset_prefix_cache()

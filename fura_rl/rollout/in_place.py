@@ -131,7 +131,8 @@ class InPlaceMerge:
             else:
                 for part in layer.adapted:
                     _write_rows(part.source, layer.module.weight.data[part.rows], rounding)
-            if any(block.bias is not None for part in layer.adapted for block in part.source.named_blocks(None)):
+            # of any adapter: the one that was active before may have trained it
+            if any(block.bias is not None for part in layer.adapted for block in part.source.fura_blocks.values()):
                 biases = [_merged_bias(part.source) for part in layer.parts]
                 vllm_names.store_bias(layer.module, biases)
 

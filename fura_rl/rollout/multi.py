@@ -78,7 +78,7 @@ def _graph_key() -> str:
 def _load(manager: Any, request: Any, load_lora: Callable[[Any, Any], Any]) -> Any:
     """In place of a worker's `_load_adapter`: a `LoRAModel`, or an exception before anything has changed."""
     layers = multi_names.lora_layers(manager)
-    settings = next((layer.fura_settings for layer, _ in _ours(layers)), MultiSettings())
+    settings = next((layer.fura_settings for layer, _ in _ours(layers)), MultiSettings.from_environment())
     if settings.folders is None:
         folder = Path(multi_names.adapter_folder(request.lora_path))
     else:

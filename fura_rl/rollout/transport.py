@@ -146,7 +146,10 @@ class AdapterVLLMClient(VLLMClient):
             headers = {**self.manager.headers, REQUIRE_HEADER: self.stamp}
             try:
                 response = self._post_while_alive(url, headers=headers, **kwargs)
-            except requests.ConnectionError as error:
+            except (
+                requests.ConnectionError,
+                requests.exceptions.ChunkedEncodingError,
+            ) as error:  # none, or half an answer
                 tries.again(error)
                 continue
             if response.status_code in BUSY:

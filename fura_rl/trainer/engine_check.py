@@ -118,7 +118,8 @@ class EngineCheck:
             FuraError: the log-probs differ by more than `max_logp_gap` on average.
         """
         gap_bt = output["old_per_token_logps"] - output["sampling_per_token_logps"]
-        mask_bt = output["completion_mask"].bool() & ~torch.isnan(gap_bt)
+        known_bt = ~torch.isnan(output["sampling_per_token_logps"])  # NaN is TRL's "the engine gave none"
+        mask_bt = output["completion_mask"].bool() & known_bt
         gap = gap_bt[mask_bt] if mask_bt.any() else gap_bt.new_zeros(1)  # every rank must take part in what follows
         mean = gap.abs().mean()
         self._log(

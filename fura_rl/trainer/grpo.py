@@ -217,7 +217,7 @@ class FuraGRPOTrainer(ResumableGRPOTrainer):
         self.seconds_before = state["elapsed"]
         self.evaluations = state["evaluations"]
         self.guards.restore(state["guards"])
-        self.engine_check.probed_at = state["probed_at"]
+        self.engine_check.probed_at = state.get("probed_at")
 
     # --- files ----------------------------------------------------------------------------------------------------
 

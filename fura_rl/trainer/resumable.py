@@ -127,7 +127,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super()._generate(*args, **kwargs)
-        except requests.exceptions.ConnectionError as error:
+        except (requests.exceptions.ConnectionError, requests.exceptions.ChunkedEncodingError) as error:
             step, last = self.state.global_step + 1, self.last_checkpoint
             then = f"go on from {last} with --resume_from_checkpoint latest" if last else "begin anew"
             raise FuraError(f"The vLLM server is lost at step {step}: start it again and {then}.") from error
