@@ -73,9 +73,16 @@ def vllm_model(own_environment):
     """`vllm_model(folder)`: vLLM's model for a checkpoint, as it is before its CPU build packs the weights."""
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="WARNING")
     from vllm.config import set_current_vllm_config
-    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    from vllm.distributed import (
+        destroy_distributed_environment,
+        destroy_model_parallel,
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader.utils import initialize_model
+
+    mine = not torch.distributed.is_initialized()  # an engine of an earlier test may have left its groups
 
     def make(folder):
         arguments = EngineArgs(
@@ -89,7 +96,9 @@ def vllm_model(own_environment):
             return initialize_model(config)
 
     yield make
-    torch.distributed.destroy_process_group()
+    if mine and torch.distributed.is_initialized():
+        destroy_model_parallel()
+        destroy_distributed_environment()
     gc.collect()
 
 
