@@ -59,17 +59,15 @@ def build(base: nn.Module, form: str) -> tuple[nn.Module, list[nn.Parameter]]:
 
 @torch.no_grad()
 def dense(model: nn.Module) -> list[torch.Tensor]:
-    """What each adapted layer multiplies by, from its answers to the unit vectors, in float32."""
-    kinds = (FuraLayer, train_step.PublishedFura)
+    """The weight of each adapted layer with its update, in float32."""
     weights = []
     for module in model.modules():
-        if isinstance(module, kinds):
-            if isinstance(module, FuraLayer):
-                weights.append(module.merged_weight())
-            else:
-                n, b, _ = module.core.shape
-                left = (module.left.float() * module.s.float()).view(-1, n, b).transpose(0, 1)
-                weights.append((left @ module.core.float()).transpose(0, 1).reshape(module.left.shape))
+        if isinstance(module, FuraLayer):
+            weights.append(module.merged_weight())
+        elif isinstance(module, train_step.PublishedFura):
+            n, b, _ = module.core.shape
+            left = (module.left.float() * module.s.float()).view(-1, n, b).transpose(0, 1)
+            weights.append((left @ module.core.float()).transpose(0, 1).reshape(module.left.shape))
     return weights
 
 

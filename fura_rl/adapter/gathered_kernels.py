@@ -12,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .kernels import _dot, evenly_spaced, padded
+from .kernels import evenly_spaced, padded
+from .triton_dot import dot
 from .triton_launch import INTERPRETED, Kernel
 
 
@@ -56,7 +57,7 @@ def _gathered_kernel(
                 x_ri = tl.load(x_ptr + row * x_stride + i[None, :], own_r[:, None] & (i < b)[None, :], 0.0)
                 mask_io = (i < b)[:, None] & (o < b)[None, :]
                 delta_io = tl.load(slot_ptr + o[None, :] * b + i[:, None], mask_io, 0.0)
-                sum_ro += _dot(x_ri, delta_io.to(x_ptr.dtype.element_ty), INTERPRETED)
+                sum_ro += dot(x_ri, delta_io.to(x_ptr.dtype.element_ty), INTERPRETED)
         slot = tl.min(tl.where(id_r > slot, id_r, slots), 0)
     y_ptr += part.to(tl.int64) * num_rows * (n * b) + block * b
     tl.store(y_ptr + row * (n * b) + o[None, :], sum_ro.to(y_ptr.dtype.element_ty), mask_ro)

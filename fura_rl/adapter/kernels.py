@@ -23,16 +23,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .triton_dot import dot
 from .triton_launch import INTERPRETED, Kernel
 from .wide_kernels import FIRST, rest, wide_transform_kernel
-
-
-@triton.jit
-def _dot(a, c, INTERPRETED: tl.constexpr):
-    """`a @ c` summed in float32. The interpreter multiplies the bit patterns of bf16, so it gets float32."""
-    if INTERPRETED:
-        return tl.dot(a.to(tl.float32), c.to(tl.float32))
-    return tl.dot(a, c, input_precision="tf32x3")
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -67,7 +60,7 @@ def _transform_kernel(
         row = (first + r).to(tl.int64)[:, None]
         mask = (first + r < num_rows)[:, None] & (i < b)[None, :]
         x_ri = tl.load(x_ptr + row * x_stride + i[None, :], mask, 0.0)
-        y_ro = x_ri.to(tl.float32) + _dot(x_ri, delta_io, INTERPRETED)
+        y_ro = x_ri.to(tl.float32) + dot(x_ri, delta_io, INTERPRETED)
         tl.store(y_ptr + row * y_stride + i[None, :], y_ro.to(y_ptr.dtype.element_ty), mask)
 
 
@@ -127,10 +120,10 @@ def _gradient_kernel(
             other_ri = tl.load(other_ptr + row * x_stride + i[None, :], in_rows & (i < b)[None, :], 0.0)
             x_ri = (x_ri.to(tl.float32) * other_ri.to(tl.float32)).to(x_ptr.dtype.element_ty)
         if WITH_DX:
-            dx_ri = g_ro.to(tl.float32) + _dot(g_ro, delta_oi, INTERPRETED)
+            dx_ri = g_ro.to(tl.float32) + dot(g_ro, delta_oi, INTERPRETED)
             dx_rows = dx_ptr + row * dx_stride + i[None, :]
             tl.store(dx_rows, dx_ri.to(dx_ptr.dtype.element_ty), in_rows & (i < b)[None, :])
-        sum_oi += _dot(tl.trans(g_ro), x_ri, INTERPRETED)
+        sum_oi += dot(tl.trans(g_ro), x_ri, INTERPRETED)
     share_ptr += (tl.program_id(1) * num_blocks + block).to(tl.int64) * (b * b)  # (shares, n, b, b)
     tl.store(share_ptr + o[:, None] * b + i[None, :], sum_oi, mask=block_mask)
 

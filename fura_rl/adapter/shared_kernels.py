@@ -19,7 +19,8 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from .delta_kernels import Tensors, run_delta_gradients, run_deltas
-from .kernels import Launch, _dot, evenly_spaced, padded
+from .kernels import Launch, evenly_spaced, padded
+from .triton_dot import dot
 from .triton_launch import INTERPRETED, Kernel
 
 LARGEST_BLOCK = 64  # wider ones: sums of three gradients do not fit into registers
@@ -71,10 +72,10 @@ def _shared_transform_kernel(
         wide_ri = x_ri.to(tl.float32)
         out = row * y_stride + columns
         dtype = y0_ptr.dtype.element_ty
-        tl.store(y0_ptr + out, (wide_ri + _dot(x_ri, delta0_io, INTERPRETED)).to(dtype), mask)
-        tl.store(y1_ptr + out, (wide_ri + _dot(x_ri, delta1_io, INTERPRETED)).to(dtype), mask)
+        tl.store(y0_ptr + out, (wide_ri + dot(x_ri, delta0_io, INTERPRETED)).to(dtype), mask)
+        tl.store(y1_ptr + out, (wide_ri + dot(x_ri, delta1_io, INTERPRETED)).to(dtype), mask)
         if COUNT == 3:
-            tl.store(y2_ptr + out, (wide_ri + _dot(x_ri, delta2_io, INTERPRETED)).to(dtype), mask)
+            tl.store(y2_ptr + out, (wide_ri + dot(x_ri, delta2_io, INTERPRETED)).to(dtype), mask)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -117,16 +118,16 @@ def _shared_gradient_kernel(
         x_ri = tl.load(x_ptr + row * x_stride + columns, mask, 0.0)
         g0_ro = tl.load(g0_ptr + row * g_stride + columns, mask, 0.0)
         g1_ro = tl.load(g1_ptr + row * g_stride + columns, mask, 0.0)
-        sum0_oi += _dot(tl.trans(g0_ro), x_ri, INTERPRETED)
-        sum1_oi += _dot(tl.trans(g1_ro), x_ri, INTERPRETED)
+        sum0_oi += dot(tl.trans(g0_ro), x_ri, INTERPRETED)
+        sum1_oi += dot(tl.trans(g1_ro), x_ri, INTERPRETED)
         if COUNT == 3:
             g2_ro = tl.load(g2_ptr + row * g_stride + columns, mask, 0.0)
-            sum2_oi += _dot(tl.trans(g2_ro), x_ri, INTERPRETED)
+            sum2_oi += dot(tl.trans(g2_ro), x_ri, INTERPRETED)
         if WITH_DX:
             dx_ri = g0_ro.to(tl.float32) + g1_ro.to(tl.float32)
-            dx_ri += _dot(g0_ro, delta0_oi, INTERPRETED) + _dot(g1_ro, delta1_oi, INTERPRETED)
+            dx_ri += dot(g0_ro, delta0_oi, INTERPRETED) + dot(g1_ro, delta1_oi, INTERPRETED)
             if COUNT == 3:
-                dx_ri += g2_ro.to(tl.float32) + _dot(g2_ro, delta2_oi, INTERPRETED)
+                dx_ri += g2_ro.to(tl.float32) + dot(g2_ro, delta2_oi, INTERPRETED)
             tl.store(dx_ptr + row * (num_blocks * b) + columns, dx_ri.to(dx_ptr.dtype.element_ty), mask)
     # (shares, c, n, b, b)
     share_ptr += ((tl.program_id(1) * COUNT).to(tl.int64) * num_blocks + block) * (b * b)

@@ -11,17 +11,10 @@ Shapes as in `kernels.py`; `1` and `2` name the two parts of a block.
 import triton
 import triton.language as tl
 
+from .triton_dot import dot
 from .triton_launch import Kernel
 
 FIRST = 128
-
-
-@triton.jit
-def _dot(a, c, INTERPRETED: tl.constexpr):
-    """`a @ c` of 16-bit tiles in float32. The interpreter multiplies the bit patterns of bf16, so it gets float32."""
-    if INTERPRETED:
-        return tl.dot(a.to(tl.float32), c.to(tl.float32))
-    return tl.dot(a, c)
 
 
 @triton.jit
@@ -67,8 +60,8 @@ def _wide_transform_kernel(
         mask2 = (first + r < num_rows)[:, None] & (k2 < b)[None, :]
         x1 = tl.load(x_ptr + row * x_stride + k1[None, :], mask1, 0.0)
         x2 = tl.load(x_ptr + row * x_stride + k2[None, :], mask2, 0.0)
-        y1 = x1.to(tl.float32) + _dot(x1, d11, INTERPRETED) + _dot(x2, d21, INTERPRETED)
-        y2 = x2.to(tl.float32) + _dot(x1, d12, INTERPRETED) + _dot(x2, d22, INTERPRETED)
+        y1 = x1.to(tl.float32) + dot(x1, d11, INTERPRETED) + dot(x2, d21, INTERPRETED)
+        y2 = x2.to(tl.float32) + dot(x1, d12, INTERPRETED) + dot(x2, d22, INTERPRETED)
         tl.store(y_ptr + row * y_stride + k1[None, :], y1.to(dtype), mask1)
         tl.store(y_ptr + row * y_stride + k2[None, :], y2.to(dtype), mask2)
 

@@ -72,3 +72,20 @@ class AllowedAdapters:
 
 def _inside(file: Path, root: Path) -> bool:
     return file.resolve().is_relative_to(root)
+
+
+def named_paths(values: list[str]) -> dict[str, str]:
+    """NAME=PATH, ... of `--adapter` as a dict.
+
+    Raises:
+        FuraError: a value is none, or a name occurs twice.
+    """
+    named: dict[str, str] = {}
+    for value in values:
+        name, separator, path = value.partition("=")
+        if not (name and separator and path):
+            raise FuraError(f"--adapter {value}: write NAME=PATH.")
+        if name in named:
+            raise FuraError(f"--adapter {value}: the name {name} is given twice.")
+        named[name] = path
+    return named

@@ -15,19 +15,12 @@ import triton
 import triton.language as tl
 
 from fura_rl.adapter.kernels import INTERPRETED, device_properties, padded
+from fura_rl.adapter.triton_dot import dot
 from fura_rl.adapter.triton_launch import Kernel
 
 LARGEST_BLOCK = 128  # two tiles of D have to fit into shared memory
 OUT_DTYPES = (torch.bfloat16, torch.float16)
 IN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-@triton.jit
-def _dot(a, c, INTERPRETED: tl.constexpr):
-    """`a @ c` of bf16 summed in float32. The interpreter multiplies the bit patterns of bf16, so it gets float32."""
-    if INTERPRETED:
-        return tl.dot(a.to(tl.float32), c.to(tl.float32))
-    return tl.dot(a, c)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -60,11 +53,11 @@ def _merge_kernel(
         weight_ri = tl.load(weight_ptr + row * weight_stride + i[None, :], mask, 0.0)
         exact_ri = weight_ri.to(tl.float32)
         top_ri = weight_ri.to(tl.bfloat16)
-        update_ro = _dot(top_ri, low_io, INTERPRETED)
+        update_ro = dot(top_ri, low_io, INTERPRETED)
         if SPLIT_WEIGHT:
             rest_ri = (exact_ri - top_ri.to(tl.float32)).to(tl.bfloat16)
-            update_ro += _dot(rest_ri, high_io, INTERPRETED)
-        update_ro += _dot(top_ri, high_io, INTERPRETED)
+            update_ro += dot(rest_ri, high_io, INTERPRETED)
+        update_ro += dot(top_ri, high_io, INTERPRETED)
         merged_ro = exact_ri + update_ro
         tl.store(out_ptr + row * out_stride + i[None, :], merged_ro.to(out_ptr.dtype.element_ty), mask)
 

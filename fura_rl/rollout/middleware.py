@@ -90,7 +90,7 @@ class FuraMiddleware:
     # -- management -----------------------------------------------------------------------------------------------
 
     async def _manage(self, request: Request) -> JSONResponse:
-        problem = self._access_problem(request)
+        problem = access_problem(request)
         if problem is not None:
             return problem
         action = self._path(request.scope).removeprefix(PREFIX), request.method
@@ -113,17 +113,6 @@ class FuraMiddleware:
             return _error(400, str(error))
         return _error(404, f"No {request.method} {request.url.path} here.")
 
-    def _access_problem(self, request: Request) -> JSONResponse | None:
-        keys = vllm_names.api_keys_of_app(request.app)
-        if not keys:
-            if request.client is None or _is_loopback(request.client.host):
-                return None
-            return _error(403, "Without an API key, adapters are managed from the server's own machine only.")
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and any(hmac.compare_digest(given.encode(), key.encode()) for key in keys):
-            return None
-        return _error(401, "This server's API key is needed to manage its adapters.")
-
     # -- start and end --------------------------------------------------------------------------------------------
 
     async def _live(self, scope: Any, receive: Receive, send: Send) -> None:
@@ -142,6 +131,19 @@ class FuraMiddleware:
             await self.app(scope, started, send)
         except FuraError as error:  # the server must not come up with other weights than those asked for
             await send({"type": "lifespan.startup.failed", "message": f"error: {error}"})
+
+
+def access_problem(request: Request) -> JSONResponse | None:
+    """Why this caller may not manage adapters: without the API key or, if there is none, from another machine."""
+    keys = vllm_names.api_keys_of_app(request.app)
+    if not keys:
+        if request.client is None or _is_loopback(request.client.host):
+            return None
+        return _error(403, "Without an API key, adapters are managed from the server's own machine only.")
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and any(hmac.compare_digest(given.encode(), key.encode()) for key in keys):
+        return None
+    return _error(401, "This server's API key is needed to manage its adapters.")
 
 
 def _error(status: int, sentence: str) -> JSONResponse:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 import os
 import sys
 from collections.abc import Awaitable, Callable
@@ -11,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse
 
 from fura_rl.errors import FuraError
 from fura_rl.rollout import vllm_names
-from fura_rl.rollout.allowed import AllowedAdapters
-from fura_rl.rollout.middleware import _is_loopback
+from fura_rl.rollout.allowed import AllowedAdapters, named_paths
+from fura_rl.rollout.middleware import access_problem
 from fura_rl.rollout.multi import is_fura
 from fura_rl.rollout.multi_settings import MultiSettings, common_block_sizes
 from fura_rl.rollout.payload import Adapter, read_folder
@@ -69,12 +67,7 @@ def server(base: str, adapters: list[str], folders: list[Path], options: list[st
 def _named(values: list[str], with_lora: bool) -> tuple[dict[str, str], list[Adapter]]:
     named: dict[str, str] = {}
     readable = []
-    for value in values:
-        name, separator, path = value.partition("=")
-        if not (name and separator and path):
-            raise FuraError(f"--adapter {value}: write NAME=PATH.")
-        if name in named:
-            raise FuraError(f"--adapter {value}: the name {name} is given twice.")
+    for name, path in named_paths(values).items():
         folder = AllowedAdapters({name: Path(path)}).find(name)
         if is_fura(folder):
             readable.append(read_folder(folder))
@@ -106,21 +99,8 @@ class LocalManagement:
         self, scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Awaitable[None]]
     ) -> None:
         if scope["type"] == "http" and not MANAGED.isdisjoint(scope["path"].split("/")):
-            refusal = _refusal(Request(scope, receive))
+            refusal = access_problem(Request(scope, receive))
             if refusal is not None:
                 await refusal(scope, receive, send)
                 return
         await self.app(scope, receive, send)
-
-
-def _refusal(request: Request) -> JSONResponse | None:
-    keys = vllm_names.api_keys_of_app(request.app)
-    if not keys:
-        if request.client is None or _is_loopback(request.client.host):
-            return None
-        sentence = "Without an API key, adapters are managed from the server's own machine only."
-        return JSONResponse({"error": sentence}, status_code=403)
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer" and any(hmac.compare_digest(given.encode(), key.encode()) for key in keys):
-        return None
-    return JSONResponse({"error": "This server's API key is needed to manage its adapters."}, status_code=401)

@@ -12,6 +12,7 @@ import typer
 
 from fura_rl.errors import FuraError
 from fura_rl.rollout import multi_serve, vllm_names
+from fura_rl.rollout.allowed import named_paths
 from fura_rl.rollout.payload import read_folder
 from fura_rl.rollout.pristine import check_keep
 from fura_rl.rollout.server_adapters import ServeSettings
@@ -26,16 +27,10 @@ def parse_named(values: list[str]) -> dict[str, str]:
     Raises:
         FuraError: a value is none, a name occurs twice, or there is no adapter at the path that could be served.
     """
-    named: dict[str, str] = {}
-    for value in values:
-        name, separator, path = value.partition("=")
-        if not (name and separator and path):
-            raise FuraError(f"--adapter {value}: write NAME=PATH.")
-        if name in named:
-            raise FuraError(f"--adapter {value}: the name {name} is given twice.")
+    named = named_paths(values)
+    for path in named.values():
         read_folder(path)
-        named[name] = str(Path(path).resolve())
-    return named
+    return {name: str(Path(path).resolve()) for name, path in named.items()}
 
 
 def server_command(base: str, options: list[str], *, for_training: bool, on_cpu: bool) -> list[str]:
