@@ -2,7 +2,7 @@
 
 Triton's tiles are powers of two. A block of 148 (Qwen2.5-7B's `down_proj`) in one tile of 256 wastes two thirds of the
 arithmetic; cut into 128 + 32 it wastes a seventh. The four parts of `D` stay in shared memory while a program walks
-down the rows. The same division of the gradient, with its four sums, spills registers: 2 to 5 times slower than
+down the rows. The same division of the gradient, with its four sums, spills registers and is slower than
 dividing a block among programs.
 
 Shapes as in `kernels.py`; `1` and `2` name the two parts of a block.
