@@ -45,8 +45,8 @@ from sync_server import SyncServer
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
 from fura_rl import FuraConfig
+from fura_rl.availability import vllm_problem
 from fura_rl.rollout import merged_weights, vllm_names
-from fura_rl.rollout.availability import vllm_problem
 from fura_rl.rollout.engine import FuraVLLMGeneration
 from fura_rl.rollout.probe import probe_sequences
 

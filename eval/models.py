@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+from fura_rl.availability import set_engine_environment, vllm_problem
 from fura_rl.errors import FuraError
 
 from .engines import TransformersSampler, VLLMSampler
@@ -176,21 +176,6 @@ def merged_checkpoint(model: str, adapter: str | None, scratch: Path) -> Iterato
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def vllm_problem() -> str | None:
-    """Why vLLM cannot be used here, or None. Sets what a CPU engine needs, unless the user has set it."""
-    import torch
-
-    if not torch.cuda.is_available():
-        for name, value in {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}.items():
-            os.environ.setdefault(name, value)
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    try:
-        import_module("vllm")
-    except (ImportError, OSError, RuntimeError) as error:  # not installed, a library missing, another platform's build
-        return f"{type(error).__name__}: {_first_line(error)}"
-    return None
-
-
 @contextmanager
 def open_sampler(
     model: str, adapter: str | None, tokenizer: Any, options: EngineOptions, scratch: Path
@@ -225,6 +210,7 @@ def _vllm(path: str, options: EngineOptions) -> Any:
     import torch
     from vllm import LLM
 
+    set_engine_environment()
     return LLM(
         path,
         dtype=options.dtype,  # type: ignore[arg-type]

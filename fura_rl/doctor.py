@@ -14,8 +14,8 @@ from rich.text import Text
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from fura_rl.adapter import FuraConfig
+from fura_rl.availability import vllm_problem
 from fura_rl.rewards import MathVerifier
-from fura_rl.rollout.availability import vllm_problem
 from fura_rl.trainer.observe import devices
 from fura_rl.trainer.report import versions
 

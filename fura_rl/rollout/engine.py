@@ -21,6 +21,7 @@ from accelerate.utils import broadcast_object_list
 from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration
 
+from fura_rl.availability import set_engine_environment
 from fura_rl.errors import FuraError
 from fura_rl.rollout import vllm_names
 from fura_rl.rollout.in_place import InPlaceMerge
@@ -85,6 +86,7 @@ class FuraVLLMGeneration(VLLMGeneration):
         if self.mode != "colocate":
             return super()._init_vllm()
         on_cpu = self.accelerator.device.type == "cpu"
+        set_engine_environment()
         defaults: dict[str, Any] = {"dtype": str(self._trainer_dtype()).removeprefix("torch.")}
         if on_cpu:
             defaults["enforce_eager"] = True  # compiling for a CPU takes longer than it saves

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from fura_rl.rollout.availability import hide_broken_vllm
+from fura_rl.availability import hide_broken_vllm
 
 if TYPE_CHECKING:
     from fura_rl.trainer.config import FuraGRPOConfig

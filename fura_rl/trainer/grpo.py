@@ -31,11 +31,11 @@ from trl.trainer import grpo_trainer
 
 from fura_rl.adapter import FuraConfig
 from fura_rl.adapter.split_bases import split_bases
+from fura_rl.availability import vllm_problem
 from fura_rl.errors import FuraError
 from fura_rl.eval import evaluate, load_benchmark
 from fura_rl.prompts import load_prompt
 from fura_rl.rewards import MathVerifier, extract_answer, load_rewards
-from fura_rl.rollout.availability import vllm_problem
 from fura_rl.rollout.client import ServerLostError
 from fura_rl.rollout.engine import FuraVLLMGeneration
 from fura_rl.trainer.benchmarks import benchmark_sampling, make_sampler

@@ -121,7 +121,8 @@ def test_mixed_settings_in_one_call_and_progress(tiny):
 @pytest.fixture(scope="module")
 def llm(tiny_model):
     pytest.importorskip("vllm", reason="vLLM is not installed")
-    from fura_rl.eval.models import EngineOptions, _vllm, vllm_problem
+    from fura_rl.availability import vllm_problem
+    from fura_rl.eval.models import EngineOptions, _vllm
 
     problem = vllm_problem()
     assert problem is None, problem

@@ -1,4 +1,4 @@
-"""Whether vLLM can be used on this machine. Imports neither TRL nor, before it is asked, vLLM."""
+"""Whether vLLM can be used on this machine. Imports neither TRL nor, before it is asked, torch or vLLM."""
 
 from __future__ import annotations
 
@@ -6,23 +6,28 @@ import functools
 import importlib
 import os
 
-import torch
-
-# What a CPU engine needs to run inside the trainer's process. Values that the user has set win.
+# What a CPU engine needs to run inside this process. The second, in GiB, keeps vLLM from reserving 90% of the machine.
 CPU_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+
+
+def set_engine_environment() -> None:
+    """What an engine of this process reads from the environment when it starts. Values that the user has set win."""
+    import torch
+
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if not torch.cuda.is_available():
+        for key, value in CPU_ENVIRONMENT.items():
+            os.environ.setdefault(key, value)
 
 
 @functools.cache
 def vllm_problem() -> str | None:
     """Why vLLM cannot be used on this machine, in words, or None if it can be imported."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    if not torch.cuda.is_available():
-        for key, value in CPU_ENVIRONMENT.items():
-            os.environ.setdefault(key, value)
+    set_engine_environment()  # vLLM reads some of it when it is imported
     try:
         importlib.import_module("vllm")
     except (ImportError, OSError, RuntimeError) as error:  # a missing package, a missing .so, a platform mismatch
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
     return None
 
 
