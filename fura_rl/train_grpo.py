@@ -17,6 +17,7 @@ if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 
 import importlib.util
 import os
+import socket
 import time
 from typing import Any, NoReturn
 
@@ -137,6 +138,13 @@ def quantised_loading(arguments: ModelArguments, dtype: str, training: FuraGRPOC
     return {"quantization_config": config, "device_map": {"": training.device}}
 
 
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("", 0))
+        return int(found.getsockname()[1])
+
+
 def run(argv: list[str] | None = None, signals: StopSignals | None = None) -> dict[str, Any]:
     """Train as the options say and return the summary.
 
@@ -146,9 +154,8 @@ def run(argv: list[str] | None = None, signals: StopSignals | None = None) -> di
     """
     started = time.time()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        os.environ["MASTER_PORT"] = (
-            "0"  # TRL picks a free one; the usual 29500 would let only one run start on a machine
-        )
+        # TRL would try 29500 first, so of two runs that start together on a machine one would fail.
+        os.environ["MASTER_PORT"] = str(free_port())
     data, training, model_arguments, adapter_arguments = parse(argv)
     output = check_output(training)
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(output / "tensorboard"))  # else ./runs until training begins

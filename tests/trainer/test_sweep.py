@@ -127,3 +127,11 @@ def test_a_failed_run_is_named(sweep, tmp_path, capsys):
     with pytest.raises(FuraError, match=r"1 of the sweep's runs failed \(fura-seed=1\)"):
         sweep_command(path)
     assert "error:" in (tmp_path / "out" / "fura-seed=1" / "log.txt").read_text()
+
+
+def test_runs_that_start_together_take_other_ports():
+    """TRL's engine takes 29500 if nobody has it yet: of two that look at the same moment, one fails."""
+    from fura_rl.train_grpo import free_port
+
+    ports = {free_port() for _ in range(8)}
+    assert len(ports) > 1 and 29500 not in ports
