@@ -22,20 +22,19 @@ import json
 import os
 import subprocess
 import sys
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
-from statistics import fmean, median
+from statistics import fmean
 from typing import Annotated, Any
 
 import typer
 import yaml
 
 from fura_rl.errors import FuraError
-from fura_rl.eval.statistics import exact
 from fura_rl.trainer.checkpoints import list_checkpoints
+from fura_rl.trainer.sweep_results import plot_sweep, summarise, sweep_table
 
 KEYS = {"recipe", "output_dir", "options", "methods", "seeds"}
 RECIPE = "sweep_recipe.yaml"  # in a run's folder: with which options it was begun
@@ -169,91 +168,6 @@ def train_all(runs: list[SweepRun], gpus: int, jobs: int = 1) -> list[SweepRun]:
     print(f"{len(runs)} runs, {len(runs) - len(missing)} done before", flush=True)
     with ThreadPoolExecutor(len(slots)) as pool:
         return [run for run, good in zip(missing, pool.map(make, missing), strict=True) if not good]
-
-
-def summarise(runs: list[SweepRun]) -> list[dict[str, Any]]:
-    """One row a method, the best first: its best setting by mean final accuracy over seeds, and how the others did.
-
-    `wins` counts the seeds on which a method's best setting beats that of the first method of the sweep.
-    """
-    final: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
-    for run in runs:
-        if curve := run.curve():
-            final[run.method][run.setting][run.seed] = curve[-1][1]
-    best = {
-        method: max(settings.items(), key=lambda item: fmean(item[1].values())) for method, settings in final.items()
-    }
-    reference = runs[0].method
-    rows = []
-    for method, (setting, by_seed) in best.items():
-        row = {
-            "method": method,
-            "setting": setting,
-            "accuracy": fmean(by_seed.values()),
-            "seeds": dict(sorted(by_seed.items())),
-            "median_over_settings": median(fmean(seeds.values()) for seeds in final[method].values()),
-            "settings": {name: fmean(seeds.values()) for name, seeds in final[method].items()},
-        }
-        if method != reference and reference in best:
-            theirs = best[reference][1]
-            shared = sorted(by_seed.keys() & theirs.keys())
-            if shared:
-                differences = [by_seed[seed] - theirs[seed] for seed in shared]
-                wins = sum(difference > 0 for difference in differences)
-                interval = exact(wins, len(shared))
-                row["against"] = {
-                    "method": reference,
-                    "difference": fmean(differences),
-                    "wins": [wins, len(shared), interval.low, interval.high],
-                }
-        rows.append(row)
-    return sorted(rows, key=lambda row: -row["accuracy"])
-
-
-def sweep_table(rows: list[dict[str, Any]]) -> str:
-    """The rows of `summarise` as Markdown."""
-    lines = [
-        "| method | best setting | mean accuracy | lowest .. highest seed | median over settings | against the first |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        seeds = row["seeds"].values()
-        against = "-"
-        if "against" in row:
-            wins, of, low, high = row["against"]["wins"]
-            against = f"{row['against']['difference']:+.3f}, better on {wins} of {of} seeds [{low:.2f}, {high:.2f}]"
-        lines.append(
-            f"| {row['method']} | {row['setting'] or '-'} | {row['accuracy']:.3f} | {min(seeds):.3f} .. "
-            f"{max(seeds):.3f} | {row['median_over_settings']:.3f} | {against} |"
-        )
-    return "\n".join(lines)
-
-
-def plot_sweep(runs: list[SweepRun], rows: list[dict[str, Any]], path: Path) -> None:
-    """Held-out accuracy over steps at each method's best setting, every seed; and over learning rates."""
-    from matplotlib.figure import Figure
-
-    curves = {run.folder: run.curve() for run in runs}
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    over_steps, over_rates = figure.subplots(1, 2)
-    for index, row in enumerate(rows):
-        colour, label = f"C{index}", row["method"]
-        for run in runs:
-            if (run.method, run.setting) == (row["method"], row["setting"]) and (curve := curves[run.folder]):
-                over_steps.plot(*zip(*curve, strict=True), color=colour, alpha=0.7, label=label)
-                label = None
-        points: dict[float, list[float]] = defaultdict(list)
-        for run in runs:
-            if run.method == row["method"] and (curve := curves[run.folder]):
-                points[float(run.options.get("learning_rate", 1e-6))].append(curve[-1][1])
-        rates = sorted(points)
-        over_rates.plot(rates, [fmean(points[rate]) for rate in rates], "o-", color=colour, label=row["method"])
-    over_steps.set(xlabel="step", ylabel="held-out accuracy", title="best setting, each seed")
-    over_rates.set(xlabel="learning rate", xscale="log", title="final accuracy, mean over seeds")
-    for axis in (over_steps, over_rates):
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.savefig(path, dpi=120)
 
 
 def sweep_command(

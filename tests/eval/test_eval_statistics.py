@@ -107,9 +107,28 @@ def test_nothing_solved_is_not_certainty():
     assert same.low == -same.high and same.high == pytest.approx(stats.exact(0, 30).high)
 
 
-@pytest.mark.parametrize(("degrees", "quantile"), [(8, 2.306004), (29, 2.045230), (99, 1.984217)])
+@pytest.mark.parametrize(
+    ("degrees", "quantile"),
+    [(1, 12.706205), (2, 4.302653), (4, 2.776445), (8, 2.306004), (29, 2.045230), (30, 2.042272), (99, 1.984217)],
+)
 def test_student_t_quantiles(degrees, quantile):
-    assert stats.student_t(0.975, degrees) == pytest.approx(quantile, abs=1e-3 if degrees < 10 else 1e-5)
+    assert stats.student_t(0.975, degrees) == pytest.approx(quantile, abs=2e-6)
+
+
+def test_an_interval_over_five_seeds():
+    """By hand: mean 3, standard deviation sqrt(2.5), 2.776445 * sqrt(2.5 / 5)."""
+    low, high = stats.t_interval([1, 2, 3, 4, 5])
+    assert low == pytest.approx(3 - 1.963243, abs=1e-5) and high == pytest.approx(3 + 1.963243, abs=1e-5)
+    with pytest.raises(ValueError, match="at least two"):
+        stats.t_interval([0.5])
+
+
+@pytest.mark.parametrize("seeds", [2, 5])
+def test_coverage_of_an_interval_over_seeds(seeds):
+    """95% of 4,000 intervals hold the mean, within three standard errors."""
+    draws = np.random.default_rng(0).normal(size=(4000, seeds))
+    held = np.mean([low <= 0 <= high for low, high in map(stats.t_interval, draws.tolist())])
+    assert abs(held - 0.95) < 3 * (0.95 * 0.05 / 4000) ** 0.5
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=9), st.data())
