@@ -1,0 +1,45 @@
+"""The comparison of methods in fine-tuning: what it prints, and that finished runs are not made again."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "fine_tuning.py"
+
+
+@pytest.mark.slow
+def test_methods_rates_and_seeds(tiny_model, tiny_problems, tmp_path):
+    text = tmp_path / "text.md"
+    text.write_text("A page of words about something else. " * 40)
+    command = [
+        sys.executable, SCRIPT, "--model", str(tiny_model), "--train", str(tiny_problems / "train.jsonl"), "--test",
+        str(tiny_problems / "test.jsonl"), "--unrelated", str(text), "--out", str(tmp_path / "rows.jsonl"), "--steps",
+        "8", "--warmup", "2", "--held-out", "16", "--methods", "fura", "lora:lora_r=4", "full", "--rates", "2e-3",
+        "full=1e-4", "full=1e-3",
+    ]  # fmt: skip
+
+    def run(*seeds):
+        process = subprocess.run(
+            [*command, "--seeds", *seeds], capture_output=True, text=True, timeout=500,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+        assert process.returncode == 0, process.stderr[-3000:]
+        return {row["method"]: row for row in json.loads(process.stdout.strip().splitlines()[-1])["rows"]}
+
+    one = run("1")
+    assert one.keys() == {"fura", "lora:lora_r=4", "full"} and one["fura"]["chosen"] == []
+    assert one["full"]["rates"].keys() == {"0.0001", "0.001"} and one["fura"]["rates"].keys() == {"0.002"}
+    assert all(row["learned"][0] > 0 for row in one.values())
+    assert len({row["trainable"] for row in one.values()}) == 3
+    rows = (tmp_path / "rows.jsonl").read_text().splitlines()
+    assert len(rows) == 4 and len({json.loads(row)["before"] for row in rows}) == 1  # every method starts as the base
+
+    two = run("1", "2")
+    after = (tmp_path / "rows.jsonl").read_text().splitlines()
+    assert after[:4] == rows and len(after) == 8
+    assert two["fura"]["seeds"] == 2 and two["fura"]["loss"][1] < two["fura"]["loss"][0] < two["fura"]["loss"][2]
+    assert len(two["full"]["chosen"]) == 3
