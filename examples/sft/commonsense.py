@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer, TrlParser
+from trl.models.utils import unwrap_model_for_generation
 
 from fura_rl.eval.statistics import wilson
 from fura_rl.trainer.arguments import AdapterArguments
@@ -88,24 +91,35 @@ def answer(model: Any, tokenizer: Any, prompts: list[str], batch: int) -> list[s
     return texts
 
 
-def score(model: Any, tokenizer: Any, arguments: CommonsenseArguments) -> dict[str, dict[str, float]]:
-    """Accuracy of each task found in `test_dir`, with its 95% interval, and the share without an answer."""
-    model.eval()
+def score(trainer: SFTTrainer, tokenizer: Any, arguments: CommonsenseArguments) -> dict[str, dict[str, float]]:
+    """Accuracy of each task found in `test_dir`, with its 95% interval, and the share without an answer.
+
+    Every rank answers its share of the questions; under ZeRO-3 each holds the whole model meanwhile.
+    """
+    with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
+        model.eval()
+        return _scores(model, tokenizer, arguments, PartialState())
+
+
+def _scores(
+    model: Any, tokenizer: Any, arguments: CommonsenseArguments, state: PartialState
+) -> dict[str, dict[str, float]]:
     scores = {}
     for task in TASKS:
         file = Path(arguments.test_dir or "") / task / "test.json"
         if not file.is_file():
             continue
         rows = json.loads(file.read_text(encoding="utf-8"))[: arguments.test_limit]
-        texts = answer(model, tokenizer, [render(row) for row in rows], arguments.test_batch)
-        found = [extract(task, text) for text in texts]
-        right = sum(prediction == row["answer"] for prediction, row in zip(found, rows, strict=True))
+        own = rows[state.process_index :: state.num_processes]
+        texts = answer(model, tokenizer, [render(row) for row in own], arguments.test_batch)
+        outcomes = gather_object([(extract(task, text), row["answer"]) for text, row in zip(texts, own, strict=True)])
+        right = sum(prediction == gold for prediction, gold in outcomes)
         low, high = wilson(right, len(rows))
         scores[task] = {
             "accuracy": right / len(rows),
             "low": low,
             "high": high,
-            "no_answer": found.count(None) / len(rows),
+            "no_answer": sum(prediction is None for prediction, _ in outcomes) / len(rows),
             "questions": len(rows),
         }
     return scores
@@ -126,8 +140,9 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model()
     scores: dict[str, dict[str, float]] = {}
-    if arguments.test_dir and trainer.is_world_process_zero():
-        scores = score(trainer.accelerator.unwrap_model(trainer.model), tokenizer, arguments)
+    if arguments.test_dir:
+        scores = score(trainer, tokenizer, arguments)
+    if scores and trainer.is_world_process_zero():
         Path(training.output_dir, "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
         for task, values in scores.items():
             interval = f"[{values['low']:.3f}, {values['high']:.3f}]"
