@@ -11,6 +11,7 @@ import httpx
 import typer
 
 from fura_rl.errors import FuraError
+from fura_rl.rollout.payload import StaleUpdateError
 from fura_rl.rollout.server_adapters import WATCH_SECONDS
 from fura_rl.rollout.watch import newest_checkpoint
 
@@ -80,7 +81,7 @@ class FuraClient:
         return self._call("POST", "off", json={})
 
     def version(self) -> dict[str, Any]:
-        """The status: version, name, path, checksum, base, logprobs_mode."""
+        """The status: version, name, path, checksum, base, dtype, logprobs_mode."""
         return self._call("GET", "version")
 
     def list(self) -> dict[str, Any]:
@@ -88,7 +89,11 @@ class FuraClient:
         return self._call("GET", "adapters")
 
     def push(self, data: bytes, name: str = "pushed") -> dict[str, Any]:
-        """Sends an adapter as bytes (`payload.pack`) to a server with --for-training. Returns the new status."""
+        """Sends an adapter as bytes (`payload.pack`) to a server with --for-training. Returns the new status.
+
+        Raises:
+            StaleUpdateError: these update another adapter than the one that the server was sent last.
+        """
         headers = {"content-type": "application/octet-stream"}
         return self._call("POST", "push", content=data, params={"name": name}, headers=headers)
 
@@ -113,7 +118,7 @@ class FuraClient:
         except ValueError as error:
             raise FuraError(f"The server at {self.url} answered {response.status_code} without a reason.") from error
         if response.status_code != 200:
-            raise FuraError(str(body.get("error", body)))
+            raise (StaleUpdateError if response.status_code == 409 else FuraError)(str(body.get("error", body)))
         return body
 
 

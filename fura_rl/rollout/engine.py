@@ -44,6 +44,7 @@ class FuraVLLMGeneration(VLLMGeneration):
     Args:
         engine_kwargs: Arguments of `vllm.LLM` that override TRL's (colocate mode).
         transport: How weights reach a server: "merged" (TRL's NCCL path) or "adapter" (`fura_rl.rollout.transport`).
+        push: How "adapter" sends what was trained: "int8" or "exact".
         sleep_level: 1 keeps the sleeping engine's weights in main memory, 2 (as TRL) drops them.
         rounding: How merged weights become bfloat16: "nearest" or "stochastic" (`fura_rl.rollout.merged.cast`).
         *args, **kwargs: As for `trl.generation.vllm_generation.VLLMGeneration`.
@@ -57,6 +58,7 @@ class FuraVLLMGeneration(VLLMGeneration):
         *args: Any,
         engine_kwargs: dict[str, Any] | None = None,
         transport: str = "merged",
+        push: str = "int8",
         rounding: str = "nearest",
         sleep_level: int = 2,
         **kwargs: Any,
@@ -66,6 +68,7 @@ class FuraVLLMGeneration(VLLMGeneration):
         self.sleep_level = sleep_level
         self.engine_kwargs = engine_kwargs or {}
         self.transport = transport
+        self.push = push
         if rounding not in ("nearest", "stochastic"):
             raise FuraError(f"sync_rounding is nearest or stochastic, not {rounding!r}.")
         self.rounding = rounding
@@ -120,7 +123,7 @@ class FuraVLLMGeneration(VLLMGeneration):
         check_model(self.model)
         if self.accelerator.is_main_process:
             url = self.server_base_url or f"http://{self.server_host}:{self.server_port}"
-            self.vllm_client = AdapterVLLMClient(url, connection_timeout=self.server_timeout)
+            self.vllm_client = AdapterVLLMClient(url, connection_timeout=self.server_timeout, form=self.push)
         self.accelerator.wait_for_everyone()
 
     def _iter_named_params(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -120,7 +120,7 @@ class InEngineAdapter:
 
     def _base_sample(self, name: str) -> torch.Tensor:
         if name not in self._samples:  # reading a weight means copying it to the device
-            self._samples[name] = sample_entries(self.pristine[f"{name}.weight"])
+            self._samples[name] = sample_entries(self.pristine[f"{name}.weight"]).cpu()
         return self._samples[name]
 
     # -- commit ---------------------------------------------------------------------------------------------------
@@ -146,11 +146,11 @@ class InEngineAdapter:
                     self._write(layer, old.blocks, with_bias=_trains_bias(layer, merge.blocks, old.blocks))
             except Exception as second:
                 raise FuraError(
-                    f"The adapter could not be merged ({error}), nor the old weights put back ({second}): restart the "
-                    "engine."
+                    f"The adapter could not be merged ({reason(error)}), nor the old weights put back "
+                    f"({reason(second)}): restart the engine."
                 ) from second
             self._lost = False
-            raise FuraError(f"The adapter could not be merged; the old weights are back: {error}") from error
+            raise FuraError(f"The adapter could not be merged; the old weights are back: {reason(error)}") from error
         self._undo, self.current = old, merge
 
     def rollback(self) -> None:
@@ -182,6 +182,13 @@ class InEngineAdapter:
     def _check_alive(self) -> None:
         if self._lost:
             raise FuraError("An earlier change failed and could not be undone: restart the engine.")
+
+
+def reason(error: BaseException) -> str:
+    """Why something failed, in few words: torch says more about memory than a sentence can hold."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return f"the engine ran out of memory ({'. '.join(str(error).split('. ')[:2])})"
+    return str(error)
 
 
 def _trains_bias(layer: EngineLayer, *all_blocks: dict[str, FuraBlocks]) -> bool:

@@ -27,6 +27,7 @@ from fura_rl.errors import FuraError
 from fura_rl.rollout import vllm_names
 from fura_rl.rollout.client import REQUIRE_HEADER, VERSION_HEADER
 from fura_rl.rollout.gate import Gate
+from fura_rl.rollout.payload import StaleUpdateError
 from fura_rl.rollout.server_adapters import ServerAdapters, ServeSettings
 
 PREFIX = "/fura/"
@@ -109,6 +110,8 @@ class FuraMiddleware:
                 _check_type(request, "application/octet-stream")
                 name = request.query_params.get("name", "pushed")
                 return JSONResponse(await self.adapters.push(await request.body(), name))
+        except StaleUpdateError as error:
+            return _error(409, str(error))
         except FuraError as error:
             return _error(400, str(error))
         return _error(404, f"No {request.method} {request.url.path} here.")

@@ -103,7 +103,8 @@ class PerRequestLayer:
         if self.fura_delta is None or not weight.numel() or (self.fura_dense is not None and not rows.any_adapted):
             return super().apply(x, bias)  # type: ignore[misc]
         sizes = list(self.output_slices)
-        y = gathered_linear(x, weight, bias, self.fura_delta, self.fura_active, rows.ids, rows.any_adapted, sizes)
+        own = self.fura_delta, self.fura_active
+        y = gathered_linear(x, weight, bias, *own, rows.ids, rows.order, rows.counts, sizes)
         return self._apply_lora_to_output(x, y) if self.fura_settings.with_lora else y  # type: ignore[attr-defined]
 
     def own_blocks(self, name: str, number: int, delta: torch.Tensor, sample: torch.Tensor | None) -> torch.Tensor:

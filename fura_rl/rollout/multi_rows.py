@@ -16,16 +16,18 @@ class AdapterRows:
     CUDA graphs: it counts as both, so that the graphs hold the work of either kind.
 
     Attributes:
-        ids: (most rows of a batch) int32 on the device: a row's slot, or -1. Its memory never moves; rows beyond the
-            batch keep what they had.
-        any_adapted: One bool in CPU memory: whether any row of this batch has a slot.
+        ids: (most rows of a batch) int32 on the device: a row's slot, or -1, beyond the batch too.
+        order: As many: the batch's rows, sorted by slot; beyond the batch each row stands for itself. The memory of
+            both never moves.
+        counts: Two ints in CPU memory: how many rows of this batch have a slot, and how many it has.
         fura: The engine's numbers of the adapters that are FuRA.
         lora: Those that are LoRA.
     """
 
     def __init__(self, max_rows: int, device: torch.device) -> None:
         self.ids = torch.full((max_rows,), -1, dtype=torch.int32, device=device)
-        self.any_adapted = torch.tensor([False])
+        self.order = torch.arange(max_rows, dtype=torch.int32, device=device)
+        self.counts = torch.zeros(2, dtype=torch.int64)
         self.fura: set[int] = set()
         self.lora: set[int] = set()
 
@@ -34,14 +36,23 @@ class AdapterRows:
         (self.fura if fura else self.lora).add(adapter)
         (self.lora if fura else self.fura).discard(adapter)
 
+    @property
+    def any_adapted(self) -> bool:
+        return bool(self.counts[0])
+
     def set(self, adapters: tuple[int, ...], slot_adapters: list[int | None]) -> None:
         """The next batch: each row's adapter, 0 for none, and the adapter in each slot."""
         slots = {adapter: slot for slot, adapter in enumerate(slot_adapters) if adapter not in self.lora}
         slots[None], slots[0] = -1, -1
-        rows = [slots.get(adapter, -1) for adapter in adapters]
-        self.any_adapted.fill_(any(slot >= 0 for slot in rows))
-        on_host = torch.tensor(rows, dtype=torch.int32, pin_memory=self.ids.is_cuda)
-        self.ids[: len(rows)].copy_(on_host, non_blocking=True)
+        rows = torch.tensor([slots.get(adapter, -1) for adapter in adapters], dtype=torch.int32)
+        changed = max(len(rows), int(self.counts[1]))  # what the last batch had, and this one has not, is taken back
+        on_host = torch.empty(2, changed, dtype=torch.int32, pin_memory=self.ids.is_cuda)
+        on_host[0].fill_(-1)[: len(rows)] = rows
+        torch.arange(changed, out=on_host[1])
+        on_host[1, : len(rows)] = rows.argsort(stable=True)
+        for own, new in zip((self.ids, self.order), on_host, strict=True):
+            own[:changed].copy_(new, non_blocking=True)
+        self.counts.copy_(torch.tensor([int((rows >= 0).sum()), len(rows)]))
 
 
 def rows_of(punica_wrapper: Any) -> AdapterRows:

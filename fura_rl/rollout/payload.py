@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,39 +21,121 @@ from fura_rl.adapter.config import FuraConfig
 from fura_rl.adapter.loading import Tensors, check_values
 from fura_rl.adapter.saving import read_adapter
 from fura_rl.errors import FuraError
+from fura_rl.rollout.change import GROUP, decode, encode, is_close
 
 TRAINED = ("core", "scale", "bias")  # what a step of training changes; basis, sigma, fold and base_sample stay
 FAMILY = ("side", "singular_values", "basis")  # the options that say how tensors make a multiplier
+THREADS = min(8, os.cpu_count() or 1)  # SHA-256 runs beside other Python code
+
+
+class StaleUpdateError(FuraError):
+    """An update of other tensors than those that are here: the whole adapter has to be sent."""
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """The tensors of one adapter by module and name, and the member of the FuRA family that they belong to."""
+    """The tensors of one adapter by module and name, and the member of the FuRA family that they belong to.
+
+    Not to be written to: what is computed from them is kept.
+    """
 
     family: dict[str, Any]
     modules: dict[str, Tensors]
+    _frozen_digests: dict[str, bytes] = field(default_factory=dict, repr=False, compare=False)  # by module
 
-    @property
+    @cached_property
     def checksum(self) -> str:
-        """SHA-256 of everything that decides about the merged weights: equal at both ends of a transfer."""
-        digest = hashlib.sha256(json.dumps(self.family, sort_keys=True).encode())
+        """SHA-256 of everything that decides about the merged weights: equal at both ends of a transfer.
+
+        Made of one digest for each module's frozen and trained tensors. Those of frozen ones are shared by all updates.
+        """
+        whole = hashlib.sha256(json.dumps(self.family, sort_keys=True).encode())
+        with ThreadPoolExecutor(THREADS) as pool:
+            for digest in pool.map(self._digest, sorted(self.modules)):
+                whole.update(digest)
+        return whole.hexdigest()
+
+    def _digest(self, module: str) -> bytes:
+        tensors = self.modules[module]
+        if module not in self._frozen_digests:
+            frozen = {key: value for key, value in tensors.items() if key not in TRAINED}
+            self._frozen_digests[module] = _digest(module, frozen)
+        trained = {key: value for key, value in tensors.items() if key in TRAINED}
+        return self._frozen_digests[module] + _digest(module, trained)
+
+    @cached_property
+    def trained(self) -> torch.Tensor:
+        """Everything that is trained, (N,), in the order of `with_trained`."""
+        return torch.cat([tensor.reshape(-1) for _, _, tensor in self._trained()])
+
+    def _trained(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         for module in sorted(self.modules):
-            for key, value in sorted(self.modules[module].items()):
-                digest.update(f"{module} {key} {value.dtype} {tuple(value.shape)}".encode())
-                digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+            for key in TRAINED:
+                if key in self.modules[module]:
+                    yield module, key, self.modules[module][key]
+
+    def with_trained(self, trained: torch.Tensor) -> Adapter:
+        """This adapter with other numbers where it is trained; the frozen tensors are the same objects.
+
+        Raises:
+            FuraError: these are not as many.
+        """
+        parts = list(self._trained())
+        sizes = [tensor.numel() for _, _, tensor in parts]
+        if trained.shape != (sum(sizes),):
+            raise FuraError("The update belongs to another adapter than the one sent before.")
+        modules = {module: dict(self.modules[module]) for module in sorted(self.modules)}
+        for (module, key, old), new in zip(parts, trained.split(sizes), strict=True):
+            modules[module][key] = new.view(old.shape)
+        made = Adapter(self.family, modules, self._frozen_digests)
+        vars(made)["trained"] = trained  # needs no collecting
+        return made
+
+    def shares_frozen(self, other: Adapter) -> bool:
+        """Whether only trained tensors differ, in value but not in shape: the frozen ones are the same objects."""
+        return (
+            self.family == other.family
+            and self.modules.keys() == other.modules.keys()
+            and all(_same_but_trained(tensors, other.modules[name]) for name, tensors in self.modules.items())
+        )
+
+    def to(self, device: torch.device) -> Adapter:
+        """On `device`, in float32 or more, through one copy. Samples of the base stay: they are compared on the CPU."""
+        if all(tensors["core"].device == device for tensors in self.modules.values()):
+            return self
+        moved = [
+            (module, key, value)
+            for module, tensors in self.modules.items()
+            for key, value in tensors.items()
+            if key != "base_sample"
+        ]
+        dtype = torch.float32
+        for _, _, value in moved:
+            dtype = torch.promote_types(dtype, value.dtype)
+        sizes = [value.numel() for _, _, value in moved]
+        flat = torch.empty(sum(sizes), dtype=dtype, pin_memory=device.type == "cuda")
+        for (_, _, value), part in zip(moved, flat.split(sizes), strict=True):
+            part.copy_(value.reshape(-1))
+        modules = {
+            name: {key: value for key, value in tensors.items() if key == "base_sample"}
+            for name, tensors in self.modules.items()
+        }
+        for (module, key, value), part in zip(moved, flat.to(device, non_blocking=True).split(sizes), strict=True):
+            modules[module][key] = part.view(value.shape)
+        return Adapter(self.family, modules)
 
     def blocks(self, device: torch.device) -> dict[str, FuraBlocks]:
-        """Module name -> blocks on `device`.
+        """Module name -> blocks on `device`, without samples of the base.
 
         Raises:
             FuraError: a tensor is missing or has another shape than the core asks for.
         """
         config = FuraConfig(**self.family)
-        made = {}
         for module, tensors in self.modules.items():
             if "core" not in tensors or tensors["core"].ndim != 3:
                 raise FuraError(f"The adapter lacks the core of {module}.")
+        made = {}
+        for module, tensors in self.to(device).modules.items():
             try:
                 blocks = FuraBlocks.from_tensors(config, tensors)
             except RuntimeError as error:  # torch names the tensor and both shapes
@@ -58,8 +143,22 @@ class Adapter:
             missing = sorted(blocks.state_dict().keys() - tensors.keys() - {"base_sample"})
             if missing:
                 raise FuraError(f"The adapter lacks {missing[0]} of {module}: its file is incomplete.")
-            made[module] = blocks.to(device)
+            made[module] = blocks
         return made
+
+
+def _digest(module: str, tensors: Mapping[str, torch.Tensor]) -> bytes:
+    digest = hashlib.sha256(module.encode())
+    for key, value in sorted(tensors.items()):
+        digest.update(f" {key} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.digest()
+
+
+def _same_but_trained(tensors: Tensors, others: Tensors) -> bool:
+    return tensors.keys() == others.keys() and all(
+        value.shape == others[key].shape if key in TRAINED else value is others[key] for key, value in tensors.items()
+    )
 
 
 def read_folder(path: str | Path) -> Adapter:
@@ -79,31 +178,68 @@ def read_folder(path: str | Path) -> Adapter:
     return Adapter({key: getattr(config, key) for key in FAMILY}, modules)
 
 
-def pack(adapter: Adapter, *, only_trained: bool = False) -> bytes:
-    """A safetensors file in memory: the whole adapter, or only what training changes."""
+def pack(adapter: Adapter) -> bytes:
+    """The whole adapter as a safetensors file in memory."""
     tensors = {
         f"{module}:{key}": value.contiguous()
         for module, values in adapter.modules.items()
         for key, value in values.items()
-        if not only_trained or key in TRAINED
     }
-    kind = "trained" if only_trained else "full"
-    return save(tensors, metadata={"kind": kind, "family": json.dumps(adapter.family)})
+    return save(tensors, metadata={"kind": "full", "family": json.dumps(adapter.family)})
 
 
-def unpack(data: bytes) -> tuple[str, Adapter]:
-    """The kind ("full" or "trained") and the content of what `pack` made.
+def pack_update(adapter: Adapter, held: Adapter, largest_error: float) -> tuple[Adapter, bytes]:
+    """What is trained, for a server that holds `held`, of which only trained tensors differ.
+
+    Args:
+        largest_error: By how much a number may be off for the change to travel as int8 (see `change`). Where it could
+            be off by more, or is not finite, all numbers travel exactly.
+
+    Returns:
+        The adapter that the server has then, and the bytes.
+    """
+    new, old = adapter.trained, held.trained
+    header = {"base": held.checksum}
+    if largest_error and new.dtype == torch.float32:
+        numbers, factors = encode(new, old)
+        if is_close(factors, largest_error):
+            data = save({"numbers": numbers, "factors": factors}, metadata={"kind": "int8", **header})
+            return held.with_trained(decode(old, numbers, factors)), data
+    return held.with_trained(new), save({"trained": new}, metadata={"kind": "exact", **header})
+
+
+def unpack(data: bytes, held: Adapter | None = None) -> Adapter:
+    """The adapter that `pack` made, or `held` after what `pack_update` made.
 
     Raises:
+        StaleUpdateError: this updates another adapter than `held`.
         FuraError: these are other bytes.
     """
     try:
         tensors = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-        kind, family = header["kind"], json.loads(header["family"])
+        kind, expected = header["kind"], header["family" if header["kind"] == "full" else "base"]
     except (SafetensorError, KeyError, ValueError) as error:
         raise FuraError(f"These bytes are no adapter that fura-rl has packed ({error}).") from error
-    if set(family) != set(FAMILY) or kind not in ("full", "trained"):
+    if kind == "full":
+        return _unpack_full(tensors, json.loads(expected))
+    if held is None or held.checksum != expected:
+        raise StaleUpdateError("The update was made for another adapter than the one that was sent last.")
+    adapter = held.with_trained(tensors["trained"] if "trained" in tensors else _decoded(held.trained, tensors))
+    for module, values in adapter.modules.items():
+        check_values(module, {key: value for key, value in values.items() if key in TRAINED})
+    return adapter
+
+
+def _decoded(held: torch.Tensor, tensors: Tensors) -> torch.Tensor:
+    numbers, factors = tensors.get("numbers"), tensors.get("factors")
+    if numbers is None or factors is None or numbers.shape != held.shape or len(factors) != -(-len(held) // GROUP):
+        raise FuraError("The update belongs to another adapter than the one sent before.")
+    return decode(held, numbers, factors)
+
+
+def _unpack_full(tensors: Tensors, family: dict[str, Any]) -> Adapter:
+    if set(family) != set(FAMILY):
         raise FuraError("These bytes are no adapter that this version of fura-rl has packed.")
     modules: dict[str, Tensors] = {}
     for name, value in tensors.items():
@@ -111,25 +247,4 @@ def unpack(data: bytes) -> tuple[str, Adapter]:
         modules.setdefault(module, {})[key] = value
     for module, values in modules.items():
         check_values(module, values)
-    return kind, Adapter(family, modules)
-
-
-def update(adapter: Adapter, trained: Adapter) -> Adapter:
-    """`adapter` with the tensors that training changes replaced.
-
-    Raises:
-        FuraError: `trained` has other modules, tensors or shapes.
-    """
-    modules: dict[str, Tensors] = {}
-    if adapter.family != trained.family or adapter.modules.keys() != trained.modules.keys():
-        raise FuraError("The update belongs to another adapter than the one sent before.")
-    for module, tensors in adapter.modules.items():
-        new = trained.modules[module]
-        if _shapes({key: tensors[key] for key in tensors if key in TRAINED}) != _shapes(new):
-            raise FuraError(f"The update of {module} has other tensors than the adapter sent before.")
-        modules[module] = {**tensors, **new}
-    return Adapter(adapter.family, modules)
-
-
-def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in tensors.items()}
+    return Adapter(family, modules)

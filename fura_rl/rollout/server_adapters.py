@@ -79,6 +79,7 @@ class ServerAdapters:
         self.path: str | None = None
         self.checksum = ""
         self.base = ""
+        self.dtype = ""
         self.lost = False
         self._one_change = asyncio.Lock()
 
@@ -94,6 +95,7 @@ class ServerAdapters:
             "path": self.path,
             "checksum": self.checksum,
             "base": self.base,
+            "dtype": self.dtype,
             "logprobs_mode": vllm_names.logprobs_mode(self.engine),
         }
 
@@ -103,7 +105,8 @@ class ServerAdapters:
         Raises:
             FuraError: the adapter does not fit, or the workers cannot swap at all.
         """
-        self.base = (await self._call("fura_setup", self.settings.keep))["base"]
+        engine = await self._call("fura_setup", self.settings.keep)
+        self.base, self.dtype = engine["base"], engine["dtype"]
         if self.settings.first is not None:
             await self.swap(self.settings.first)
 

@@ -1,9 +1,10 @@
 """Transport `adapter`: a trainer sends only what it trains to a server, which merges it into the base that it has.
 
-The first push carries the whole adapter, so that the server knows basis and singular values; later ones carry the
-trained tensors alone. Every push comes back with the server's version and a checksum of what was merged, and every
-rollout must be stamped with that version:
-- a server that was restarted has the base's weights and another instance name: it gets the whole adapter again;
+The first push carries the whole adapter, so that the server knows basis and singular values; later ones carry what
+was trained since, by default as int8 (`change`). Every push comes back with the server's version and a checksum of what
+was merged, and every rollout must be stamped with that version:
+- a server that was restarted has the base's weights and another instance name: it gets the whole adapter again, as
+  does one that holds another adapter than the one that was pushed last;
 - a server whose weights somebody else has changed is refused, as is one whose base the adapter does not fit.
 """
 
@@ -14,7 +15,9 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import requests
 import torch
@@ -23,13 +26,16 @@ from trl.generation.vllm_client import VLLMClient
 
 from fura_rl.adapter import FuraLayer
 from fura_rl.adapter.base_weight import whole
+from fura_rl.adapter.blocks import FuraBlocks
 from fura_rl.errors import FuraError
+from fura_rl.rollout.change import LARGEST_ERROR
 from fura_rl.rollout.client import REQUIRE_HEADER, VERSION_HEADER, FuraClient, ServerLostError, Tries
 from fura_rl.rollout.merged import GatherFunction, checkpoint_name
-from fura_rl.rollout.payload import FAMILY, TRAINED, Adapter, pack
+from fura_rl.rollout.payload import FAMILY, TRAINED, Adapter, StaleUpdateError, Tensors, pack, pack_update
 
 logger = logging.getLogger(__name__)
 
+FORMS = ("int8", "exact")  # in which later pushes carry what was trained
 BUSY = (502, 503, 504)
 HEARTBEAT_S = 60.0  # a long generation is interrupted by nothing else than by a server that says nothing for this long
 
@@ -44,15 +50,46 @@ def check_model(model: torch.nn.Module) -> None:
             )
 
 
+@dataclass
+class _Snapshot:
+    """Frozen tensors of some blocks on the CPU, and how to see that the blocks still have them."""
+
+    sources: list[tuple[torch.Tensor, int, int]]  # kept, with address and version: no other tensor can look the same
+    tensors: Tensors
+
+    def __init__(self, frozen: dict[str, torch.Tensor]) -> None:
+        self.sources = [(value, value.data_ptr(), value._version) for value in frozen.values()]
+        self.tensors = {key: value.detach().cpu().clone() for key, value in frozen.items()}
+
+    def is_current(self, frozen: dict[str, torch.Tensor]) -> bool:
+        return list(self.tensors) == list(frozen) and all(
+            value is source and (value.data_ptr(), value._version) == (address, version)
+            for value, (source, address, version) in zip(frozen.values(), self.sources, strict=True)
+        )
+
+
+_snapshots: WeakKeyDictionary[FuraBlocks, _Snapshot] = WeakKeyDictionary()
+
+
+def _frozen(blocks: FuraBlocks) -> Tensors:
+    """The tensors that training leaves alone, on the CPU: the same objects until `refresh_basis` changes them."""
+    frozen = {key: value for key, value in blocks.named_buffers() if value is not None}
+    snapshot = _snapshots.get(blocks)
+    if snapshot is None or not snapshot.is_current(frozen):
+        snapshot = _snapshots[blocks] = _Snapshot(frozen)
+    return snapshot.tensors
+
+
 @torch.no_grad()
 def adapter_of(model: PeftModel, gather: GatherFunction) -> Adapter:
     """The model's active adapter as data on the CPU. Every rank must take part where parameters are sharded.
 
+    Frozen tensors are the same objects as of the last call, if nothing has written to the layers' own.
+
     Raises:
         FuraError: the model has none, or several at once.
     """
-    modules = {}
-    family: dict[str, Any] = {}
+    found: dict[str, FuraBlocks] = {}
     for name, layer in model.named_modules():
         if not isinstance(layer, FuraLayer):
             continue
@@ -62,13 +99,35 @@ def adapter_of(model: PeftModel, gather: GatherFunction) -> Adapter:
                 f"vllm_transport: adapter needs one active adapter, {checkpoint_name(name)} has {len(active)}."
             )
         (blocks,) = active
-        family = dict(zip(FAMILY, (blocks.side, blocks.singular_values, blocks.basis_kind), strict=True))
-        with gather(list(blocks.parameters())):
-            tensors = {key: whole(value).detach().cpu().clone() for key, value in blocks.state_dict().items()}
-        modules[checkpoint_name(name)] = tensors
-    if not modules:
+        found[checkpoint_name(name)] = blocks
+    if not found:
         raise FuraError("vllm_transport: adapter needs a model with FuRA adapters: use vllm_transport: merged.")
-    return Adapter(family, modules)
+    family = dict(zip(FAMILY, (blocks.side, blocks.singular_values, blocks.basis_kind), strict=True))
+    modules = {name: {**_frozen(found[name]), **_trained_shapes(found[name])} for name in sorted(found)}
+    trained = _collect([found[name] for name in sorted(found)], gather)
+    return Adapter(family, modules).with_trained(trained)
+
+
+def _trained_shapes(blocks: FuraBlocks) -> Tensors:
+    """Tensors without memory; ZeRO-3 remembers shapes beside its empty parameters."""
+    found = {key: getattr(blocks, key) for key in TRAINED if getattr(blocks, key) is not None}
+    return {k: torch.empty(getattr(p, "ds_shape", p.shape), dtype=p.dtype, device="meta") for k, p in found.items()}
+
+
+def _collect(all_blocks: list[FuraBlocks], gather: GatherFunction) -> torch.Tensor:
+    """Everything that is trained, (N,) on the CPU, in the order of `Adapter.trained`."""
+    device, shapes = all_blocks[0].core.device, [_trained_shapes(blocks) for blocks in all_blocks]
+    sizes = [shape.numel() for tensors in shapes for shape in tensors.values()]
+    dtype = max((s.dtype for tensors in shapes for s in tensors.values()), key=lambda d: torch.finfo(d).bits)
+    trained = torch.empty(sum(sizes), dtype=dtype, pin_memory=device.type == "cuda")
+    parts = iter(trained.split(sizes))
+    for blocks, tensors in zip(all_blocks, shapes, strict=True):
+        with gather(list(blocks.parameters())):
+            for key in tensors:  # copies into pinned memory need not wait for one another
+                next(parts).copy_(whole(getattr(blocks, key)).detach().reshape(-1), non_blocking=True)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return trained
 
 
 class AdapterVLLMClient(VLLMClient):
@@ -77,6 +136,8 @@ class AdapterVLLMClient(VLLMClient):
     Args:
         base_url: The server's address.
         connection_timeout: Seconds to wait for the server at the start, and for which a lost connection is tried again.
+        form: How later pushes carry what was trained: "int8", as far as the engine's dtype cannot tell the
+            difference (`change.LARGEST_ERROR`), or "exact".
 
     Attributes:
         stamp: Version of the server's weights after the last push.
@@ -88,11 +149,15 @@ class AdapterVLLMClient(VLLMClient):
 
     heartbeat = HEARTBEAT_S
 
-    def __init__(self, base_url: str, connection_timeout: float = 240.0) -> None:
+    def __init__(self, base_url: str, connection_timeout: float = 240.0, form: str = "int8") -> None:
+        if form not in FORMS:
+            raise FuraError(f"vllm_push is {' or '.join(FORMS)}, not {form!r}.")
+        self.form = form
         self.stamp = ""
         self.sent_bytes = 0
         self.patience = connection_timeout
-        self._sent: Adapter | None = None
+        self._latest: Adapter | None = None  # the trainer's
+        self._held: Adapter | None = None  # the server's, up to rounding the same
         self.manager = FuraClient(base_url, patience=connection_timeout)
         self.manager.version()
         super().__init__(base_url=self.manager.url, connection_timeout=connection_timeout)
@@ -103,15 +168,23 @@ class AdapterVLLMClient(VLLMClient):
         Raises:
             FuraError: it was made for another base, the server merged something else, or cannot be reached.
         """
-        alive = self.manager.version()["version"]
-        known = self._sent is not None and _instance(alive) == _instance(self.stamp)
-        data = pack(adapter, only_trained=known and _same_frozen(adapter, self._sent))
+        self._latest = adapter
+        now = self.manager.version()
+        if now["version"] == self.stamp and self._held is not None and adapter.shares_frozen(self._held):
+            try:
+                largest_error = LARGEST_ERROR[now["dtype"]] if self.form == "int8" else 0.0
+                return self._send(*pack_update(adapter, self._held, largest_error))
+            except StaleUpdateError as error:  # an answer was lost, or a rank of the server is ahead
+                logger.warning("Sending the whole adapter to the server at %s: %s", self.base_url, error)
+        self._send(adapter, pack(adapter))
+
+    def _send(self, adapter: Adapter, data: bytes) -> None:
         with ThreadPoolExecutor(1) as beside:  # the server takes longer
             checksum = beside.submit(lambda: adapter.checksum)
             status = self.manager.push(data, name="training")
         if status["checksum"] != checksum.result():
             raise FuraError(f"The server at {self.base_url} merged other tensors than those that were sent.")
-        self._sent, self.stamp, self.sent_bytes = adapter, status["version"], len(data)
+        self._held, self.stamp, self.sent_bytes = adapter, status["version"], len(data)
 
     def refresh(self) -> None:
         """Sends the last adapter again to a server that was restarted.
@@ -127,9 +200,9 @@ class AdapterVLLMClient(VLLMClient):
                 f"Somebody else changed the weights of the server at {self.base_url}, now {now['name'] or 'the base'}: "
                 "a training run needs a server of its own."
             )
-        assert self._sent is not None
+        assert self._latest is not None
         logger.warning("The server at %s was restarted: sending the adapter again.", self.base_url)
-        self.push(self._sent)
+        self.push(self._latest)
 
     def get_server_info(self) -> dict:
         """What TRL's trainer reads of it, without the development endpoints, which anybody could call."""
@@ -205,13 +278,3 @@ def _in_background(call: Callable[[], requests.Response]) -> Future[requests.Res
 
 def _instance(stamp: str) -> str:
     return stamp.rpartition("-")[0]
-
-
-def _same_frozen(adapter: Adapter, sent: Adapter | None) -> bool:
-    """Whether two adapters differ in trained tensors only: `refresh_basis` changes the others."""
-    assert sent is not None
-    return adapter.modules.keys() == sent.modules.keys() and all(
-        tensors.keys() == sent.modules[name].keys()
-        and all(torch.equal(value, sent.modules[name][key]) for key, value in tensors.items() if key not in TRAINED)
-        for name, tensors in adapter.modules.items()
-    )

@@ -12,10 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import wraps
 from typing import Any
 
+import torch
+
 from fura_rl.errors import FuraError
 from fura_rl.rollout import vllm_names
-from fura_rl.rollout.in_engine import InEngineAdapter, Merge
-from fura_rl.rollout.payload import Adapter, read_folder, unpack, update
+from fura_rl.rollout.in_engine import InEngineAdapter, Merge, reason
+from fura_rl.rollout.payload import Adapter, StaleUpdateError, read_folder, unpack
 from fura_rl.rollout.pristine import PristineWeights, check_keep
 
 Reply = dict[str, Any]
@@ -27,7 +29,9 @@ def _reply(method: Callable[..., Reply | None]) -> Callable[..., Reply]:
         try:
             return method(self, *args) or {}
         except (FuraError, OSError) as error:  # OSError: a checkpoint that was deleted while it was read
-            return {"error": str(error)}
+            return {"error": str(error), "stale": isinstance(error, StaleUpdateError)}
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            return {"error": f"The adapter was not merged, and the weights are as before: {reason(error)}."}
 
     return answer
 
@@ -40,7 +44,8 @@ class FuraWorker:
         """Prepares for swaps; `keep` says where base weights stay, see `PristineWeights`. Safe to call again."""
         if not hasattr(self, "fura_state"):
             self.fura_state = _State(self, keep)
-        return {"base": vllm_names.checkpoint_of(self)[0]}
+        dtype = next(vllm_names.engine_model(self).parameters()).dtype
+        return {"base": vllm_names.checkpoint_of(self)[0], "dtype": str(dtype).removeprefix("torch.")}
 
     @_reply
     def fura_prepare(self, path: str | None) -> Reply:
@@ -50,15 +55,7 @@ class FuraWorker:
     @_reply
     def fura_prepare_pushed(self, data: bytes) -> Reply:
         """Reads and checks an adapter that was sent as bytes (`payload.pack`), in full or as an update of the last."""
-        kind, adapter = unpack(data)
-        state = self.fura_state
-        if kind == "trained":
-            if state.pushed is None:
-                raise FuraError("An update came before the adapter itself.")
-            adapter = update(state.pushed, adapter)
-        reply = state.prepare(adapter)
-        state.pushed = adapter
-        return reply
+        return self.fura_state.prepare_pushed(data)
 
     @_reply
     def fura_commit(self) -> None:
@@ -82,30 +79,47 @@ class _State:
         device = next(model.parameters()).device
         pristine = PristineWeights(name, revision=revision, keep=check_keep(keep), device=device)
         self.engine = InEngineAdapter(model, pristine)
-        self.pushed: Adapter | None = None
+        self.pushed: tuple[Adapter, Adapter] | None = None  # what the next update changes, and the same on the device
+        self.prepared_push: tuple[Adapter, Adapter] | None = None
         self.prepared: Merge | None = None
 
-    def prepare(self, adapter: Adapter | None) -> Reply:
-        self.prepared = None
+    def prepare(self, adapter: Adapter | None, there: Adapter | None = None) -> Reply:
+        """Checks an adapter; `there` is the same on the engine's device, if it is there already."""
+        self.prepared = self.prepared_push = None
         with ThreadPoolExecutor(1) as beside:  # hashing takes as long as the checks
             checksum = beside.submit(lambda: "" if adapter is None else adapter.checksum)
-            self.prepared = self.engine.prepare(adapter)
+            self.prepared = self.engine.prepare(there or adapter)
         return {"checksum": checksum.result(), "layers": len(self.prepared.blocks)}
+
+    def prepare_pushed(self, data: bytes) -> Reply:
+        device = self.engine.pristine.device
+        if self.pushed is None:
+            adapter = unpack(data)
+            there = adapter.to(device)
+        else:
+            held, held_there = self.pushed
+            adapter = unpack(data, held)
+            update = adapter.shares_frozen(held)  # then frozen tensors need not travel again
+            there = held_there.with_trained(adapter.trained.to(device)) if update else adapter.to(device)
+        reply = self.prepare(adapter, there)
+        self.prepared_push = adapter, there
+        return reply
 
     def commit(self) -> None:
         if self.prepared is None:
             raise FuraError("Nothing was prepared.")
         self.engine.commit(self.prepared)
-        self.prepared = None
+        self.pushed = self.prepared_push or self.pushed
+        self.prepared = self.prepared_push = None
 
 
 def first_reply(replies: list[Reply]) -> Reply:
     """The reply of the first rank.
 
     Raises:
-        FuraError: a rank has refused; its sentence.
+        StaleUpdateError, FuraError: a rank has refused; its sentence.
     """
     for reply in replies:
         if "error" in reply:
-            raise FuraError(reply["error"])
+            raise (StaleUpdateError if reply.get("stale") else FuraError)(reply["error"])
     return replies[0]

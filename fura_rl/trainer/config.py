@@ -63,6 +63,14 @@ class FuraGRPOConfig(GRPOConfig):
         },
     )
 
+    check_memory: bool = field(
+        default=True,
+        metadata={
+            "help": "Refuse a run that `fura-rl plan` puts more than 15% above the GPU's memory; false starts it all "
+            "the same."
+        },
+    )
+
     # Rollouts.
     vllm_engine_kwargs: dict | str | None = field(
         default=None,
@@ -80,6 +88,13 @@ class FuraGRPOConfig(GRPOConfig):
         metadata={
             "help": "How weights reach a vLLM server: merged (TRL's NCCL path, all weights), or adapter (only what is "
             "trained, over HTTP, to a server started by `fura-rl serve BASE --for-training`)."
+        },
+    )
+    vllm_push: str = field(
+        default="int8",
+        metadata={
+            "help": "How vllm_transport: adapter sends what a step has trained: int8 (its change, a quarter of the "
+            "bytes, with errors that do not add up), or exact."
         },
     )
     sync_rounding: str = field(

@@ -117,6 +117,7 @@ class FuraGRPOTrainer(ResumableGRPOTrainer):
             FuraVLLMGeneration,
             engine_kwargs=args.vllm_engine_kwargs,
             transport=args.vllm_transport,
+            push=args.vllm_push,
             rounding=args.sync_rounding,
             sleep_level=args.vllm_sleep_level,
         )

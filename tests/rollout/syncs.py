@@ -28,16 +28,21 @@ def reference_logprobs(policy, ids):
     return logprobs.gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1).tolist()
 
 
-def check_twenty_syncs(policy, sync, score, std=0.05):
+def check_twenty_syncs(policy, sync, score, std=0.05, step=None):
     """After each random update, `sync()`, and `score(sequences)` is what the merged transformers model says; the
-    policy's own tensors stay as they are, bit for bit. Returns the largest difference."""
+    policy's own tensors stay as they are, bit for bit. Returns the largest difference.
+
+    Updates are drawn anew each with `std`, or, with a `step`, moved by up to that from one to the next as in training.
+    """
     ids = probe_sequences(AutoTokenizer.from_pretrained(policy.name_or_path))
     generator = torch.Generator().manual_seed(0)
     gaps, answers = [], []
-    for _ in range(SYNCS):
+    for number in range(SYNCS):
         with torch.no_grad():
             for parameter in policy.parameters():
-                if parameter.requires_grad:
+                if parameter.requires_grad and step and number:
+                    parameter.add_(step * (2 * torch.rand(parameter.shape, generator=generator) - 1))
+                elif parameter.requires_grad:
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
         before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
         sync()
@@ -45,5 +50,6 @@ def check_twenty_syncs(policy, sync, score, std=0.05):
         assert all(torch.equal(tensor, before[name]) for name, tensor in policy.state_dict().items())
         gaps.append(max_gap(answers[-1], reference_logprobs(policy, ids)))
     assert max(gaps) < 1e-4, gaps
-    assert min(max_gap(a, b) for a, b in pairwise(answers)) > 1e-2  # each update changed the engine
+    changes = [max_gap(a, b) for a, b in pairwise(answers)]
+    assert min(changes) > (10 * max(gaps) if step else 1e-2), (changes, gaps)  # each update changed the engine
     return max(gaps)

@@ -245,16 +245,17 @@ def test_the_rows_of_a_batch():
     from vllm.lora.layers import LoRAMapping
 
     rows = AdapterRows(8, torch.device("cpu"))
-    address = rows.ids.data_ptr()
+    addresses = rows.ids.data_ptr(), rows.order.data_ptr()
     rows.add(5, fura=True)
     rows.add(6, fura=False)
     rows.set((5, 6, 0, 7, 5), [6, 5, 7, None])
-    assert rows.ids[:5].tolist() == [1, -1, -1, 2, 1] and rows.any_adapted.item()
+    assert rows.ids.tolist() == [1, -1, -1, 2, 1, -1, -1, -1] and rows.any_adapted
+    assert rows.order.tolist() == [1, 2, 0, 4, 3, 5, 6, 7] and rows.counts.tolist() == [3, 5]  # by slot, and stable
     seen_by_lora = without_adapters(LoRAMapping((5, 6, 0, 7, 5), (5, 6), is_prefill=True), rows.fura)
     assert seen_by_lora == LoRAMapping((0, 6, 0, 7, 0), (0, 6), is_prefill=True)
     rows.set((6, 0), [6, 5, 7, None])
-    assert rows.ids[:5].tolist() == [-1, -1, -1, 2, 1] and not rows.any_adapted.item()
+    assert rows.ids.tolist() == [-1] * 8 and rows.order.tolist() == list(range(8)) and not rows.any_adapted
     rows.add(5, fura=False)  # a number that is given again
     rows.set((5,), [6, 5, 7, None])
-    assert not rows.any_adapted.item() and rows.fura == set()
-    assert rows.ids.data_ptr() == address
+    assert not rows.any_adapted and rows.fura == set()
+    assert (rows.ids.data_ptr(), rows.order.data_ptr()) == addresses

@@ -14,7 +14,7 @@ from fura_rl.adapter.saving import to_delta
 from fura_rl.errors import FuraError
 from fura_rl.rollout import vllm_names
 from fura_rl.rollout.attach import attach
-from fura_rl.rollout.payload import pack, read_folder, unpack, update
+from fura_rl.rollout.payload import read_folder
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -245,17 +245,3 @@ def test_an_engine_elsewhere_needs_the_extension(monkeypatch, llm):
     monkeypatch.setattr(vllm_names, "runs_in_process", lambda llm: False)
     with pytest.raises(FuraError, match="worker_extension_cls"):
         attach(llm)
-
-
-def test_a_packed_adapter_travels_unchanged(adapter_dir):
-    """Whole and as an update: at the other end the tensors and so the checksum are the same."""
-    a, b = read_folder(adapter_dir / "a"), read_folder(adapter_dir / "b")
-    kind, copy = unpack(pack(a))
-    assert kind == "full" and copy.checksum == a.checksum != b.checksum
-    kind, trained = unpack(pack(b, only_trained=True))
-    assert kind == "trained"
-    assert update(a, trained).checksum == b.checksum  # both were made on one basis
-    size = {kind: len(pack(b, only_trained=kind == "trained")) for kind in ("full", "trained")}
-    assert size["trained"] < 0.6 * size["full"]
-    with pytest.raises(FuraError, match="no adapter that fura-rl has packed"):
-        unpack(pack(a)[:-5])

@@ -1,0 +1,75 @@
+"""What a push to a server carries, computed from a model's shape; needs no GPU, no vLLM and no weights.
+
+    python benchmarks/push.py [--shape qwen3-1.7b qwen2.5-0.5b]
+
+`first` is the whole adapter with its basis; `exact` what is trained, in float32; `int8` its change after a step in
+which each number moves by up to a learning rate of 1e-4. Shares are of the merged weights in bfloat16, which transport
+`merged` sends. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config, Qwen3Config
+
+from fura_rl.adapter.basis import closest_block_size
+from fura_rl.rollout.change import LARGEST_ERROR
+from fura_rl.rollout.payload import Adapter, pack_update
+
+SHAPES: dict[str, PretrainedConfig] = {
+    "qwen3-1.7b": Qwen3Config(
+        vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+    ),
+    "qwen2.5-0.5b": Qwen2Config(
+        vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    ),
+}  # fmt: skip
+FAMILY = {"side": "input", "singular_values": "trainable", "basis": "svd"}
+
+
+def sizes(config: PretrainedConfig) -> dict[str, int]:
+    """Bytes of the merged weights, of the first push, and of later ones in either form."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"}
+    modules = {}
+    for name, module in linear.items():
+        b = closest_block_size(module.in_features)
+        n = module.in_features // b
+        modules[name] = {"core": torch.zeros(n, b, b), "scale": torch.zeros(n, b)}
+    held = Adapter(FAMILY, modules)
+    generator = torch.Generator().manual_seed(0)
+    step = held.with_trained(1e-4 * (2 * torch.rand(held.trained.shape, generator=generator) - 1))
+    pushes = {
+        form: pack_update(step, held, error)[1] for form, error in (("exact", 0.0), ("int8", LARGEST_ERROR["bfloat16"]))
+    }
+    return {
+        "merged": sum(p.nbytes for p in model.parameters()),
+        "first": 2 * held.trained.nbytes,  # basis and singular values have the shapes of core and scale
+        **{form: len(data) for form, data in pushes.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", nargs="+", default=list(SHAPES), choices=SHAPES)
+    arguments = parser.parse_args()
+    found = {shape: sizes(SHAPES[shape]) for shape in arguments.shape}
+    table = Table("shape", "merged, bytes", *(f"{what}, bytes (share)" for what in ("first", "exact", "int8")))
+    for shape, row in found.items():
+        shares = [f"{row[what]:,} ({row[what] / row['merged']:.2%})" for what in ("first", "exact", "int8")]
+        table.add_row(shape, f"{row['merged']:,}", *shares)
+    Console(width=120).print(table)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
