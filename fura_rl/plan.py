@@ -1,181 +1,237 @@
-"""`fura-rl plan`: what a run will need of a GPU's memory and of the network, before anything is loaded.
+"""`fura-rl plan`, and the check before a run on a GPU: what it will need of memory and of the network.
 
-Weights, adapter and optimiser are counted on a model without storage. Activations are what transformers' Llama-like
-layers save for the backward pass under bf16 autocast with a frozen base, and what the method adds to it, see
-`saved_inputs`. `tests/test_plan.py` compares them with measured peaks. Logits and the engine's overhead are estimates
-that no measurement has been compared with yet; the table says so.
+Nothing is loaded. The arithmetic is `fura_rl.memory`'s; `tests/test_plan.py` compares it with peaks measured on a GPU
+and with counted tensors. A plan has two phases: training (forward, backward, optimiser) and generating (sampling and
+the sync before it). An engine in the same process holds its share of the GPU in both, unless it sleeps while training.
 """
 
 from __future__ import annotations
 
+import os
+from bisect import bisect_right
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
-from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from fura_rl.errors import FuraError
-from fura_rl.trainer.arguments import AdapterArguments
+from fura_rl.memory import (
+    BF16_COPIES,
+    STRATEGIES,
+    ModelSizes,
+    Strategy,
+    activation_bytes,
+    adapter_parts,
+    base_bytes,
+    full_parts,
+    gathered_bytes,
+    head_bytes,
+    network_bytes,
+    weight_passes,
+)
+from fura_rl.trainer.arguments import AdapterArguments, ModelArguments
 from fura_rl.trainer.config import FuraGRPOConfig
-from fura_rl.trainer.methods import adapter_config
 
 GIB = 2**30
-LOGIT_BYTES = 10  # bf16 logits, scaled, log-softmax, and two gradients
 CONTEXT_BYTES = 1.0 * GIB  # CUDA context and the allocator's slack
-PLANNED_METHODS = ("fura", "svd", "lora", "oft", "full")
+MARGIN = 0.15  # a run is refused beyond it: the plan was within 12% of every measured peak
+LARGEST_BATCH = 4096
+SIZING_OPTIONS = ("kv_cache_memory_bytes", "cpu_offload_gb", "quantization")  # of an engine: not planned for
 
 
 @dataclass(frozen=True)
-class ModelSizes:
-    """What the arithmetic needs to know of a model and its adapter.
+class Run:
+    """What a plan is made of: sizes, options, and how the run is spread over GPUs of `memory` bytes."""
 
-    Attributes:
-        weights: Parameters of the base.
-        trained: Parameters of the adapter that are trained, in float32.
-        basis: Frozen float32 entries of the adapter.
-        layers, hidden, intermediate, query, key_value, vocabulary: Shape of a Llama-like model (widths in features).
-        head_norms: Whether queries and keys are normalised, as in Qwen3.
-    """
+    sizes: ModelSizes
+    training: FuraGRPOConfig
+    model: ModelArguments
+    adapter: AdapterArguments
+    strategy: Strategy
+    gpus: int
+    memory: float
+    prompt_tokens: int
 
-    weights: int
-    trained: int
-    basis: int
-    layers: int
-    hidden: int
-    intermediate: int
-    query: int
-    key_value: int
-    vocabulary: int
-    head_norms: bool
+    @property
+    def dtype_bytes(self) -> int:
+        """Of a weight that is not quantised, as `load_model` chooses its dtype on a GPU."""
+        dtype = self.model.dtype
+        if dtype == "auto":
+            dtype = "float32" if self.adapter.method == "full" else "bfloat16"
+        return 4 if dtype == "float32" else 2
 
-    @classmethod
-    def of(cls, name: str, adapter: AdapterArguments) -> ModelSizes:
-        """Sizes of a model by name or path, whose weights are not loaded.
+    @property
+    def quantised_bits(self) -> int | None:
+        return 4 if self.model.load_in_4bit else 8 if self.model.load_in_8bit else None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all base weights."""
+        return base_bytes(self.sizes, self.dtype_bytes, self.quantised_bits)
+
+    @property
+    def colocated(self) -> bool:
+        return self.training.use_vllm and self.training.vllm_mode == "colocate"
+
+    @property
+    def engine_share(self) -> float:
+        """Bytes of the GPU that an engine in the same process takes; 0 without one.
 
         Raises:
-            FuraError: It is not Llama-like, or the method is not one that is planned for.
+            FuraError: Its size is set by options that are not planned for.
         """
-        if adapter.method not in PLANNED_METHODS:
-            raise FuraError(f"plan knows the methods {', '.join(PLANNED_METHODS)}, not {adapter.method!r}.")
-        try:
-            config = AutoConfig.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise FuraError(f"Cannot read the configuration of {name!r}: {str(error).splitlines()[0]}") from error
-        if not hasattr(config, "intermediate_size") or not hasattr(config, "num_key_value_heads"):
-            raise FuraError(f"plan knows Llama-like models, and {name} is a {config.model_type}.")
-        with torch.device("meta"):
-            base = AutoModelForCausalLM.from_config(config)
-            weights = sum(p.numel() for p in base.parameters())
-            head_norms = any(".q_norm." in key for key, _ in base.named_parameters())
-            peft_config = adapter_config(adapter)
-            model = base if peft_config is None else get_peft_model(base, peft_config)
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return cls(
-            weights=weights,
-            trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
-            basis=sum(b.numel() for key, b in model.named_buffers() if ".fura_" in key),
-            layers=config.num_hidden_layers,
-            hidden=config.hidden_size,
-            intermediate=config.intermediate_size,
-            query=config.num_attention_heads * head,
-            key_value=config.num_key_value_heads * head,
-            vocabulary=config.vocab_size,
-            head_norms=head_norms,
+        if not self.colocated:
+            return 0.0
+        options = self.training.vllm_engine_kwargs or {}
+        assert isinstance(options, dict)  # the configuration has parsed it
+        for name in SIZING_OPTIONS:
+            if name in options:
+                raise FuraError(f"plan does not know an engine with {name}.")
+        return self.memory * float(
+            options.get("gpu_memory_utilization") or self.training.vllm_gpu_memory_utilization  # vLLM's name wins
         )
 
+    @property
+    def engine_weights(self) -> float:
+        return 2.0 * self.sizes.weights / self.training.vllm_tensor_parallel_size
 
-def saved_inputs(sizes: ModelSizes, method: str | None, rank: int = 32) -> int:
-    """Bytes of a token's inputs that a layer of a method saves, beyond what the frozen model saves (None: nothing).
+    def parts(
+        self, batch: int | None = None, checkpointing: bool | None = None
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Bytes of one GPU by part, while training and while generating; as the options say, or as given."""
+        sizes, training, method = self.sizes, self.training, self.adapter.method
+        batch = batch or training.per_device_train_batch_size
+        checkpointing = training.gradient_checkpointing if checkpointing is None else checkpointing
+        completion = training.max_completion_length or 0
+        tokens = batch * (self.prompt_tokens + completion)
+        full = method == "full"
+        split = self.gpus if self.strategy.splits_weights else 1
+        if full:
+            held = full_parts(sizes, self.dtype_bytes, self.strategy, self.gpus)
+            if training.beta:
+                held["reference model"] = float(self.weight_bytes) / split
+        else:
+            away = self.strategy.zero == 3 and self.strategy.offload
+            held = {"base weights": 0.0 if away else self.weight_bytes / split}
+            held |= adapter_parts(sizes, method, self.strategy, self.gpus)
+        if self.strategy.splits_weights:
+            held["gathered layers (estimate)"] = gathered_bytes(sizes, self.weight_bytes, self.strategy)
+        held["CUDA context (estimate)"] = CONTEXT_BYTES
+        rank, quantised = self.adapter.lora_r, self.quantised_bits is not None
+        layers = activation_bytes(
+            sizes, tokens, checkpointing=checkpointing, method=method, rank=rank, quantised=quantised
+        )
+        scored = head_bytes(sizes, batch * completion, trained=full)
+        train = {**held, "activations": float(layers), "head": float(scored)}
+        held.pop(BF16_COPIES, None)  # autocast frees them after a forward pass
+        largest = max((out * width for out, width in sizes.matrices), default=0)
+        generate = {**held, "merge of the largest matrix": 0.0 if full else 6.0 * largest}  # float32, engine's bf16
+        if self.colocated:
+            generate["engine (its share of the GPU)"] = self.engine_share
+            if not training.vllm_enable_sleep_mode:
+                train["engine (its share of the GPU)"] = self.engine_share
+        return train, generate
 
-    FuRA saves the input of `q/k/v` and of `gate/up`, full fine-tuning that of `down_proj` too, whose two factors serve
-    FuRA's kernels (blocks of at most 256, so not "svd"); that of `o_proj` is saved by attention. PEFT's LoRA casts the
-    input in each of the seven projections and saves each copy, and r numbers more; its OFT turns each.
+    def peak(self, batch: int | None = None, checkpointing: bool | None = None) -> float:
+        return max(sum(phase.values()) for phase in self.parts(batch, checkpointing))
+
+    def largest_batch(self, checkpointing: bool | None = None) -> int:
+        """The largest number of rollouts in a micro-batch that fits; 0 if not even one does."""
+        batches = range(1, LARGEST_BATCH + 1)
+        return bisect_right(batches, self.memory, key=lambda batch: self.peak(batch, checkpointing))
+
+    def network(self) -> dict[str, float]:
+        """Bytes that one GPU sends in a step, by reason."""
+        training = self.training
+        passes = weight_passes(
+            micro_batches=training.gradient_accumulation_steps, engine=training.use_vllm, reference=bool(training.beta)
+        )
+        method = self.adapter.method
+        sent = network_bytes(self.sizes, self.weight_bytes, self.strategy, self.gpus, passes, method)
+        if training.use_vllm and training.vllm_mode == "server":
+            adapter = training.vllm_transport == "adapter"
+            words = "sync to a server, adapter only" if adapter else "sync to a server, merged"
+            sent[words] = 4.0 * self.sizes.trained if adapter else 2.0 * self.sizes.weights
+        return sent
+
+
+def advice(run: Run, part: str) -> str:
+    """What to change so that less of `part` is needed."""
+    training, batch = run.training, run.largest_batch()
+    if part in ("activations", "head"):
+        ways = [] if training.gradient_checkpointing else ["set gradient_checkpointing"]
+        now = training.per_device_train_batch_size
+        if 0 < batch < now:
+            smaller = f"lower per_device_train_batch_size from {now} to {batch} and raise gradient_accumulation_steps"
+            ways.insert(0, smaller)
+        return " or ".join(ways) or "lower max_completion_length"
+    if part.startswith("engine"):
+        sleep = "" if training.vllm_enable_sleep_mode else ", or set vllm_enable_sleep_mode"
+        return f"lower vllm_gpu_memory_utilization{sleep}"
+    several = "" if run.strategy.splits_weights else ", or split the weights over GPUs with ZeRO-3 or FSDP2"
+    if run.adapter.method == "full":
+        return f"train an adapter (method: fura){several}"
+    return ("set load_in_4bit" if run.quantised_bits is None else "train a smaller model") + several
+
+
+def misfit(run: Run, margin: float = 0.0) -> str | None:
+    """Why a run does not fit, and what to change, in one sentence; None if it fits within `margin` (a share)."""
+    if run.colocated and run.engine_weights >= run.engine_share:
+        return (
+            f"The engine's share of the GPU is {run.engine_share / GIB:.1f} GiB, and its weights alone take "
+            f"{run.engine_weights / GIB:.1f}: raise vllm_gpu_memory_utilization or vllm_tensor_parallel_size."
+        )
+    peak = run.peak()
+    if peak <= run.memory * (1 + margin):
+        return None
+    phases = dict(zip(("training", "generating"), run.parts(), strict=True))
+    phase, parts = max(phases.items(), key=lambda item: sum(item[1].values()))
+    part = max(parts, key=lambda name: parts[name])
+    return (
+        f"This does not fit into {run.memory / GIB:.4g} GiB: {phase} needs {peak / GIB:.1f}, most of it for {part} "
+        f"({parts[part] / GIB:.1f}): {advice(run, part)}."
+    )
+
+
+def strategy_of(training: FuraGRPOConfig) -> Strategy:
+    """How this process's launcher and options spread the run."""
+    plugin = training.deepspeed_plugin
+    if plugin is not None:
+        zero = plugin.deepspeed_config.get("zero_optimization", {})
+        offloads = [zero.get(f"offload_{what}") or {} for what in ("optimizer", "param")]
+        return Strategy(plugin.zero_stage, offload=any(o.get("device") not in (None, "none") for o in offloads))
+    return Strategy(fsdp=bool(training.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true")
+
+
+def check_memory(
+    training: FuraGRPOConfig, model: ModelArguments, adapter: AdapterArguments, memory: float | None = None
+) -> None:
+    """Refuses a run that cannot fit its GPU, before anything is loaded. What is not planned for is not refused.
+
+    Counted with empty prompts, and a run is refused only beyond `MARGIN`. Nothing happens without a GPU, or with
+    `check_memory: false`.
+
+    Args:
+        memory: Of the GPU in bytes; what CUDA says if None.
+
+    Raises:
+        FuraError: The run cannot fit.
     """
-    if method is None:
-        return 0
-    if method in ("lora", "oft"):
-        return 2 * (5 * sizes.hidden + sizes.query + sizes.intermediate + (7 * rank if method == "lora" else 0))
-    return 2 * (2 * sizes.hidden + (0 if method == "fura" else sizes.intermediate))
-
-
-def layer_bytes(sizes: ModelSizes, method: str | None = "fura", rank: int = 32) -> int:
-    """Bytes that a layer saves for each token: norms in float32, attention, the MLP, and the method's inputs."""
-    norms = 4 * (2 * sizes.hidden + (sizes.query + sizes.key_value if sizes.head_norms else 0))
-    attention = 2 * (2 * sizes.query + 2 * sizes.key_value)
-    mlp = 2 * 3 * sizes.intermediate
-    return norms + attention + mlp + saved_inputs(sizes, method, rank)
-
-
-def activation_bytes(
-    sizes: ModelSizes, tokens: int, *, checkpointing: bool, method: str | None = "fura", rank: int = 32
-) -> int:
-    """Bytes of activations of one forward and backward pass over `tokens` tokens, without the head."""
-    layer = layer_bytes(sizes, method, rank)
-    gradients = 2 * 2 * sizes.intermediate  # of gate and up, alive at the same time
-    if checkpointing:  # each layer's input, and one layer in full
-        return tokens * (2 * sizes.hidden * sizes.layers + layer + gradients)
-    return tokens * (layer * sizes.layers + gradients)
-
-
-def trained_parts(sizes: ModelSizes, weight_bytes: float, method: str, shards: int = 1) -> dict[str, float]:
-    """Bytes of the base, and of what is trained with its gradients and AdamW's moments."""
-    if method != "full":
-        return {
-            "base weights": sizes.weights * weight_bytes / shards,
-            "adapter, its basis": 4.0 * (sizes.trained + sizes.basis),
-            "adapter's gradients, AdamW": 12.0 * sizes.trained,
-        }
-    parts = {
-        "weights": sizes.weights * weight_bytes / shards,
-        "gradients, AdamW": 3 * sizes.weights * weight_bytes / shards,
-    }
-    return parts if weight_bytes == 2 else {**parts, "bf16 copies (autocast)": 2.0 * sizes.weights / shards}
-
-
-def trainer_parts(
-    sizes: ModelSizes,
-    training: FuraGRPOConfig,
-    weight_bytes: float,
-    prompt_tokens: int,
-    batch: int,
-    shards: int = 1,
-    *,
-    method: str = "fura",
-    rank: int = 32,
-) -> dict[str, float]:
-    """Bytes by part of the trainer's share of one GPU, for micro-batches of `batch` rollouts."""
-    completion = training.max_completion_length or 0
-    tokens = batch * (prompt_tokens + completion)
-    checkpointing = training.gradient_checkpointing
-    largest = sizes.hidden * max(sizes.intermediate, sizes.query)
-    return {
-        **trained_parts(sizes, weight_bytes, method, shards),
-        "activations": float(activation_bytes(sizes, tokens, checkpointing=checkpointing, method=method, rank=rank)),
-        "logits (estimate)": float(LOGIT_BYTES * batch * completion * sizes.vocabulary),
-        "merge of the largest matrix": 0.0 if method == "full" else 6.0 * largest,  # float32, and in the engine's bf16
-        "CUDA context (estimate)": CONTEXT_BYTES,
-    }
-
-
-def largest_batch(room: float, parts_of: Any) -> int:
-    """The largest number of rollouts in a micro-batch whose parts fit into `room` bytes; 0 if not even one does."""
-    batch = 0
-    while batch < 4096 and sum(parts_of(batch + 1).values()) <= room:
-        batch += 1
-    return batch
-
-
-def network_bytes(sizes: ModelSizes, gpus: int) -> dict[str, float]:
-    """Bytes that a GPU sends in an optimiser step, and what a sync sends to a rollout server."""
-    return {
-        "gradients, a GPU (ring all-reduce)": 4.0 * sizes.trained * 2 * (gpus - 1) / gpus,
-        "sync to a server, merged": 2.0 * sizes.weights,
-        "sync to a server, adapter only": 4.0 * sizes.trained,
-    }
+    if not training.check_memory or (memory is None and training.device.type != "cuda"):
+        return
+    memory = memory or torch.cuda.mem_get_info(training.device)[1]
+    assert model.model_name_or_path is not None  # checked by the parser
+    try:
+        sizes = ModelSizes.of(model.model_name_or_path, adapter, model.model_revision)
+        run = Run(sizes, training, model, adapter, strategy_of(training), training.world_size, memory, prompt_tokens=0)
+        reason = misfit(run, MARGIN)
+    except FuraError:  # what is wrong, and not only unknown here, is said when the model is loaded
+        return
+    if reason is not None:
+        raise FuraError(f"{reason.rstrip('.')}; check_memory: false starts it all the same.")
 
 
 def plan_command(
@@ -183,7 +239,9 @@ def plan_command(
     gpus: Annotated[int, typer.Option(help="Number of GPUs.")] = 1,
     gpu_memory: Annotated[float, typer.Option(help="Memory of one, in GiB.")] = 80.0,
     prompt_tokens: Annotated[int, typer.Option(help="Length of a prompt.")] = 256,
-    shard_weights: Annotated[bool, typer.Option(help="Base weights split over the GPUs (ZeRO-3, FSDP2).")] = False,
+    strategy: Annotated[
+        str | None, typer.Option(help=f"How it is spread: {', '.join(STRATEGIES)}; as the recipe says if left out.")
+    ] = None,
 ) -> None:
     """Memory by part, bytes over the network and the largest batch that fits: --config RECIPE [--option value ...].
 
@@ -193,40 +251,55 @@ def plan_command(
 
     _, training, model, adapter = parse(context.args)
     assert model.model_name_or_path is not None  # checked by parse
-    sizes = ModelSizes.of(model.model_name_or_path, adapter)
-    weight_bytes = 0.55 if model.load_in_4bit else 1.0 if model.load_in_8bit else 2.0  # NF4 with its scales: 4.4 bits
-    if model.dtype == "float32" or (adapter.method == "full" and model.dtype == "auto"):  # as load_model does
-        weight_bytes = 4.0
-    shards = gpus if shard_weights else 1
-
-    def parts_of(batch: int) -> dict[str, float]:
-        return trainer_parts(
-            sizes, training, weight_bytes, prompt_tokens, batch, shards, method=adapter.method, rank=adapter.lora_r
-        )
-
-    colocated = training.use_vllm and training.vllm_mode == "colocate"
-    engine = training.vllm_gpu_memory_utilization * gpu_memory * GIB if colocated else 0.0
-    parts = {**parts_of(training.per_device_train_batch_size), "engine (its share of the GPU)": engine}
-    total, room = sum(parts.values()), gpu_memory * GIB - engine
+    if strategy is not None and strategy not in STRATEGIES:
+        raise FuraError(f"Unknown strategy {strategy!r}: use one of {', '.join(STRATEGIES)}.")
+    if training.use_vllm and training.vllm_mode == "colocate" and gpus % training.vllm_tensor_parallel_size:
+        raise FuraError(f"vllm_tensor_parallel_size={training.vllm_tensor_parallel_size} does not divide {gpus} GPUs.")
+    spread = STRATEGIES[strategy] if strategy else strategy_of(training)
+    sizes = ModelSizes.of(model.model_name_or_path, adapter, model.model_revision)
+    run = Run(sizes, training, model, adapter, spread, gpus, gpu_memory * GIB, prompt_tokens)
     console = Console()
-    table = Table("part", "GiB")
-    for name, size in [*parts.items(), ("total", total)]:
-        table.add_row(name, f"{size / GIB:.2f}")
-    console.print(table)
-    if colocated:
-        cache = engine - 2.0 * sizes.weights / training.vllm_tensor_parallel_size
-        token = 4 * sizes.layers * sizes.key_value
-        console.print(
-            f"of the engine's share, weights leave {cache / GIB:.1f} GiB: {cache / token:,.0f} tokens of cache"
-        )
-    for name, size in network_bytes(sizes, gpus).items():
-        if adapter.method == "full" and "adapter" in name:
-            continue
-        console.print(f"{name}: {size / 2**20:,.0f} MiB")
-    console.print(f"largest per_device_train_batch_size that fits: {largest_batch(room, parts_of)}")
-    if total > gpu_memory * GIB:
-        console.print(
-            f"This does not fit into {gpu_memory:g} GiB: lower per_device_train_batch_size (and raise "
-            "gradient_accumulation_steps), set gradient_checkpointing, or lower vllm_gpu_memory_utilization."
-        )
+    console.print(table(run))
+    for line in remarks(run):
+        console.print(line, soft_wrap=True)
+    if reason := misfit(run):
+        console.print(reason, soft_wrap=True)
         raise typer.Exit(1)
+
+
+def table(run: Run) -> Table:
+    """GiB of one GPU by part and phase."""
+    training, generating = run.parts()
+    made = Table("part", "training, GiB", "generating, GiB")
+    rows = [(name, training.get(name), generating.get(name)) for name in {**training, **generating}]
+    for name, *values in [*rows, ("total", sum(training.values()), sum(generating.values()))]:
+        made.add_row(name, *("-" if value is None else f"{value / GIB:.2f}" for value in values))
+    return made
+
+
+def remarks(run: Run) -> list[str]:
+    """What a plan says beside its table: the engine, the network, the largest batch."""
+    lines = []
+    if run.colocated:
+        cache = run.engine_share - run.engine_weights
+        token = 4 * run.sizes.layers * run.sizes.key_value / run.training.vllm_tensor_parallel_size
+        lines.append(
+            f"of the engine's share, weights leave {cache / GIB:.1f} GiB: {max(cache, 0) / token:,.0f} tokens of cache"
+        )
+        if run.training.vllm_enable_sleep_mode:
+            kept = run.engine_weights if run.training.vllm_sleep_level == 1 else 0.0
+            lines.append(
+                f"asleep while training (level {run.training.vllm_sleep_level}): the engine keeps {kept / GIB:.1f} GiB "
+                "of weights in main memory"
+            )
+    elif not run.training.use_vllm:
+        lines.append("what transformers needs for sampling is not planned for")
+    network = run.network()
+    lines += [f"sent by a GPU in a step, {reason}: {sent / 2**20:,.0f} MiB" for reason, sent in network.items()]
+    lines.append(f"sent by a GPU in a step: {sum(network.values()) / 2**20:,.0f} MiB")
+    batch = run.largest_batch()
+    more = " or more" if batch == LARGEST_BATCH else ""
+    lines.append(f"largest per_device_train_batch_size that fits: {batch}{more}")
+    if not run.training.gradient_checkpointing:
+        lines.append(f"with gradient_checkpointing: {run.largest_batch(checkpointing=True)}")
+    return lines

@@ -29,6 +29,7 @@ from trl import TrlParser
 
 from fura_rl.data import load_problems, to_prompts
 from fura_rl.errors import FuraError
+from fura_rl.plan import check_memory
 from fura_rl.prompts import load_prompt
 from fura_rl.trainer import FuraGRPOConfig, FuraGRPOTrainer
 from fura_rl.trainer.arguments import AdapterArguments, DataArguments, ModelArguments
@@ -36,6 +37,7 @@ from fura_rl.trainer.callbacks import MetricsFileCallback, ProgressCallback, Sto
 from fura_rl.trainer.checkpoints import find_checkpoint, out_of_space
 from fura_rl.trainer.checks import (
     check_contradictions,
+    check_launch,
     check_option_names,
     check_option_types,
     check_output,
@@ -157,6 +159,7 @@ def run(argv: list[str] | None = None, signals: StopSignals | None = None) -> di
         # TRL would try 29500 first, so of two runs that start together on a machine one would fail.
         os.environ["MASTER_PORT"] = str(free_port())
     data, training, model_arguments, adapter_arguments = parse(argv)
+    check_launch(training)
     output = check_output(training)
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(output / "tensorboard"))  # else ./runs until training begins
     if training.use_vllm:
@@ -176,6 +179,7 @@ def run(argv: list[str] | None = None, signals: StopSignals | None = None) -> di
                 f"--- resuming from {checkpoint}" if checkpoint else "--- no checkpoint yet: from the start", flush=True
             )
 
+    check_memory(training, model_arguments, adapter_arguments)
     assert data.dataset_name is not None  # checked by parse
     problems = load_problems(data.dataset_name, split=data.dataset_train_split, config=data.dataset_config)
     prompt = load_prompt(training.prompt)

@@ -56,6 +56,6 @@ def test_it_fits_its_gpus(path, tmp_path):
     SHAPES[path.stem.rsplit("-", 1)[0]].save_pretrained(tmp_path)
     options = ["--config", str(path), "--gpu-memory", "80", "--model_name_or_path", str(tmp_path)]
     if path.stem == "qwen2.5-7b-full":
-        options += ["--gpus", "8", "--shard-weights"]
+        options += ["--gpus", "8", "--strategy", "fsdp2"]
     result = CliRunner().invoke(app, ["plan", *options])
     assert result.exit_code == 0, result.output

@@ -1,91 +1,173 @@
-"""The memory plan against peaks measured on an H100 (docs/performance.md) and against counted tensors."""
+"""`fura-rl plan` and the check before a run: what fits, what does not, and what is said then."""
 
-from dataclasses import replace
+import re
 
 import pytest
-from peft import get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+import torch
 from typer.testing import CliRunner
 
 from fura_rl.cli import app
 from fura_rl.errors import FuraError
-from fura_rl.plan import GIB, ModelSizes, activation_bytes, largest_batch, network_bytes, trained_parts
-from fura_rl.trainer.arguments import AdapterArguments
-from fura_rl.trainer.methods import adapter_config
+from fura_rl.memory import STRATEGIES, ModelSizes, Strategy
+from fura_rl.plan import GIB, MARGIN, Run, check_memory, misfit, remarks, strategy_of
+from fura_rl.train_grpo import main, parse
 
-QWEN3_1_7B_LAYERS = ModelSizes(  # without embedding and head, as measured
-    weights=1_409_426_432, trained=39_051_264, basis=39_051_264, layers=28, hidden=2048, intermediate=6144, query=2048,
-    key_value=1024, vocabulary=0, head_norms=True,
+FURA_7B = ModelSizes(
+    weights=7_615_616_512, trained=118_171_648, basis=118_184_192, layers=28, hidden=3584, intermediate=18944,
+    query=3584, key_value=512, vocabulary=152_064, head_norms=False,
+    matrices=((3584, 3584), (512, 3584), (512, 3584), (3584, 3584), (18944, 3584), (18944, 3584), (3584, 18944)) * 28,
 )  # fmt: skip
 
 
-# docs/performance.md; trained parameters as counted there
-MEASURED = [
-    (None, False, 0, 36.79),
-    ("fura", False, 39_051_264, 40.79),
-    ("lora", False, 34_865_152, 53.16),
-    ("oft", False, 7_999_488, 53.38),
-    ("full", False, 1_409_426_432, 56.76),
-    (None, True, 0, 6.22),
-    ("fura", True, 39_051_264, 6.94),
-    ("lora", True, 34_865_152, 7.40),
-]
+def options(tiny_model, tmp_path, **changes):
+    values = {
+        "model_name_or_path": tiny_model, "dataset_name": "x.jsonl", "output_dir": tmp_path, "num_generations": 8,
+        "per_device_train_batch_size": 64, "max_completion_length": 512, **changes,
+    }  # fmt: skip
+    return [str(word) for name, value in values.items() for word in (f"--{name}", value)]
 
 
-@pytest.mark.parametrize(("method", "checkpointing", "trained", "measured_gib"), MEASURED)
-def test_peaks_are_within_ten_percent_of_the_measured_ones(method, checkpointing, trained, measured_gib):
-    sizes = replace(QWEN3_1_7B_LAYERS, trained=trained, basis=trained if method == "fura" else 0)
-    planned = activation_bytes(sizes, 16_384, checkpointing=checkpointing, method=method)
-    planned += sum(trained_parts(sizes, 2.0, method or "fura").values())
-    assert planned / GIB == pytest.approx(measured_gib, rel=0.1)
+@pytest.fixture
+def plan(tiny_model, tmp_path):
+    """A run of a 7B model, with options of its own."""
+
+    def made(gpu_memory=80.0, strategy="ddp", gpus=1, **changes):
+        _, training, model, adapter = parse(options(tiny_model, tmp_path, **changes))
+        return Run(FURA_7B, training, model, adapter, STRATEGIES[strategy], gpus, gpu_memory * GIB, prompt_tokens=256)
+
+    return made
 
 
-def test_sizes_are_those_of_the_model(tiny_model):
-    sizes = ModelSizes.of(str(tiny_model), AdapterArguments())
-    base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_model))
-    assert sizes.weights == sum(p.numel() for p in base.parameters())
-    model = get_peft_model(base, adapter_config(AdapterArguments()))
-    assert sizes.trained == sum(p.numel() for p in model.parameters() if p.requires_grad) == 129_024
-    assert (sizes.layers, sizes.hidden, sizes.intermediate, sizes.query, sizes.key_value) == (3, 256, 512, 256, 128)
-    assert sizes.head_norms
-
-
-def test_largest_batch_and_network():
-    assert largest_batch(10.0, lambda batch: {"fixed": 3.0, "activations": 2.0 * batch}) == 3
-    assert largest_batch(1.0, lambda batch: {"fixed": 3.0}) == 0
-    sent = network_bytes(QWEN3_1_7B_LAYERS, gpus=4)
-    assert sent["gradients, a GPU (ring all-reduce)"] == pytest.approx(4 * 39_051_264 * 1.5)
-    assert network_bytes(QWEN3_1_7B_LAYERS, gpus=1)["gradients, a GPU (ring all-reduce)"] == 0
-    assert sent["sync to a server, adapter only"] / sent["sync to a server, merged"] < 0.06
+def command(*words):
+    result = CliRunner().invoke(app, ["plan", *words])
+    return result, " ".join(result.output.split())
 
 
 def test_command_says_whether_it_fits(tiny_model, tmp_path):
-    common = ["--model_name_or_path", str(tiny_model), "--dataset_name", "x.jsonl", "--output_dir", str(tmp_path)]
-    options = ["--per_device_train_batch_size", "64", "--num_generations", "8"]
-    fits = CliRunner().invoke(app, ["plan", "--gpu-memory", "80", *common, *options])
-    assert fits.exit_code == 0, fits.output
-    for words in ("activations", "tokens of cache", "largest per_device_train_batch_size that fits"):
-        assert words in fits.output
-    small = CliRunner().invoke(app, ["plan", "--gpu-memory", "1.5", *common, *options])
-    assert small.exit_code == 1 and "does not fit into 1.5 GiB" in " ".join(small.output.split())
+    common = options(tiny_model, tmp_path)
+    fits, said = command("--gpu-memory", "80", *common)
+    assert fits.exit_code == 0, said
+    for words in ("activations", "tokens of cache", "sent by a GPU in a step: 0 MiB", "batch_size that fits: "):
+        assert words in said
+    small, said = command("--gpu-memory", "1.8", *common)
+    assert small.exit_code == 1 and "does not fit into 1.8 GiB" in said and "most of it for" in said
+    several, said = command("--gpus", "4", "--strategy", "zero3", *common, "--vllm_mode", "server")
+    assert several.exit_code == 0 and "gathered layers" in said and "sync to a server, merged" in said
+    assert "engine" not in said and "tokens of cache" not in said
+    with pytest.raises(FuraError, match="Unknown strategy 'zero4': use one of single_gpu, ddp, zero1"):
+        CliRunner().invoke(app, ["plan", "--strategy", "zero4", *common], catch_exceptions=False)
 
 
-def test_what_is_not_planned_for_is_said(tiny_model):
-    with pytest.raises(FuraError, match="plan knows the methods fura, svd, lora, oft, full, not 'dora'"):
-        ModelSizes.of(str(tiny_model), AdapterArguments(method="dora"))
-    with pytest.raises(FuraError, match="Cannot read the configuration of"):
-        ModelSizes.of("/no/such/model", AdapterArguments())
+def test_a_plan_for_a_gpu_is_made_without_one(tiny_model, tmp_path):
+    """Options that this machine's launch would refuse: sleeping, an engine on two GPUs."""
+    common = options(tiny_model, tmp_path, vllm_enable_sleep_mode=True, vllm_sleep_level=1, vllm_tensor_parallel_size=2)
+    result, said = command("--gpus", "2", *common)
+    assert result.exit_code == 0 and "asleep while training (level 1)" in said
+    with pytest.raises(FuraError, match="vllm_tensor_parallel_size=2 does not divide 3 GPUs"):
+        CliRunner().invoke(app, ["plan", "--gpus", "3", *common], catch_exceptions=False)
 
 
-@pytest.mark.parametrize("method", ["svd", "lora", "oft", "full"])
-def test_other_methods_are_counted(tiny_model, method):
-    sizes = ModelSizes.of(str(tiny_model), AdapterArguments(method=method))
-    base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_model))
-    config = adapter_config(AdapterArguments(method=method))
-    model = base if config is None else get_peft_model(base, config)
-    assert sizes.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+def test_phases_of_an_engine(plan):
+    awake, asleep, server = plan(), plan(vllm_enable_sleep_mode=True), plan(vllm_mode="server")
+    share = awake.engine_share
+    assert share == awake.training.vllm_gpu_memory_utilization * 80 * GIB
+    train, generate = awake.parts()
+    assert train["engine (its share of the GPU)"] == generate["engine (its share of the GPU)"] == share
+    train_asleep, generate_asleep = asleep.parts()
+    assert "engine (its share of the GPU)" not in train_asleep and generate_asleep == generate
+    assert sum(train.values()) - sum(train_asleep.values()) == share
+    assert server.parts()[0] == train_asleep and server.engine_share == 0
+    assert {name for name in train if name not in generate} == {"activations", "head"}
+    assert asleep.largest_batch() > awake.largest_batch()
+    kept = [line for line in remarks(plan(vllm_enable_sleep_mode=True, vllm_sleep_level=1)) if "asleep" in line]
+    assert "keeps 14.2 GiB" in kept[0]
 
 
-def test_full_finetuning_needs_sixteen_bytes_a_weight_and_its_bf16_copy():
-    assert sum(trained_parts(QWEN3_1_7B_LAYERS, 4.0, "full").values()) == 18 * QWEN3_1_7B_LAYERS.weights
-    assert sum(trained_parts(QWEN3_1_7B_LAYERS, 2.0, "full", shards=8).values()) == QWEN3_1_7B_LAYERS.weights
+def test_the_largest_batch_fits_and_the_next_does_not(plan):
+    for run in (plan(), plan(gradient_checkpointing=True), plan(load_in_4bit=True), plan(strategy="fsdp2", gpus=8)):
+        batch = run.largest_batch()
+        assert run.peak(batch) <= run.memory < run.peak(batch + 1)
+    assert plan(gpu_memory=16).largest_batch() == 0
+    assert plan().largest_batch(checkpointing=True) == plan(gradient_checkpointing=True).largest_batch()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "training needs .* most of it for activations .*lower per_device_train_batch_size from 64 to 10 and raise "
+             "gradient_accumulation_steps or set gradient_checkpointing"),
+        ({"gpu_memory": 24, "vllm_mode": "server"}, "set gradient_checkpointing"),
+        ({"gpu_memory": 12, "vllm_mode": "server", "per_device_train_batch_size": 2, "num_generations": 2},
+         "base weights .*set load_in_4bit, or split the weights over GPUs with ZeRO-3 or FSDP2"),
+        ({"gpu_memory": 8, "load_in_4bit": True, "strategy": "zero3", "gpus": 2, "per_device_train_batch_size": 2,
+          "vllm_mode": "server", "num_generations": 2, "max_completion_length": 16}, "base weights .*train a smaller"),
+        ({"vllm_enable_sleep_mode": True, "vllm_gpu_memory_utilization": 0.9, "per_device_train_batch_size": 8},
+         "generating needs .* engine .*lower vllm_gpu_memory_utilization"),
+        ({"vllm_gpu_memory_utilization": 0.1},
+         "The engine's share of the GPU is 8.0 GiB, and its weights alone take 14.2: raise vllm_gpu_memory_util"),
+        ({"method": "full", "vllm_mode": "server", "per_device_train_batch_size": 8}, "train an adapter"),
+    ],
+)  # fmt: skip
+def test_what_to_change_is_said(plan, changes, words):
+    reason = misfit(plan(**changes))
+    assert reason is not None and reason.endswith(".") and reason.count(". ") == 0
+    assert re.search(words, reason), reason
+
+
+def test_a_reference_model_is_counted_where_there_is_one(plan):
+    held = plan(method="full", beta=0.01).parts()[1]
+    assert held["reference model"] == 4 * FURA_7B.weights
+    assert (
+        "reference model" not in plan(beta=0.01).parts()[1] and "reference model" not in plan(method="full").parts()[1]
+    )
+
+
+def test_a_run_is_refused_beyond_the_margin_only(tiny_model, tmp_path):
+    _, training, model, adapter = parse(options(tiny_model, tmp_path))
+    sizes = ModelSizes.of(str(tiny_model), adapter)
+    needed = Run(sizes, training, model, adapter, Strategy(), 1, 0.0, prompt_tokens=0).peak()
+    share = training.vllm_gpu_memory_utilization
+    least = needed / (1 - share)  # without the engine, whose share is of the GPU
+    check_memory(training, model, adapter, memory=least)
+    edge = needed / (1 + MARGIN - share)
+    check_memory(training, model, adapter, memory=edge * 1.01)
+    with pytest.raises(FuraError, match=r"does not fit into .* GiB: .*; check_memory: false starts it all the same\.$"):
+        check_memory(training, model, adapter, memory=edge * 0.99)
+    check_memory(replace_option(training, check_memory=False), model, adapter, memory=edge * 0.5)
+
+
+def replace_option(training, **changes):
+    for name, value in changes.items():
+        setattr(training, name, value)
+    return training
+
+
+def test_what_is_not_planned_for_is_not_refused(tiny_model, tmp_path):
+    for changes in ({"method": "dora"}, {"vllm_engine_kwargs": '{"quantization": "fp8"}'}):
+        _, training, model, adapter = parse(options(tiny_model, tmp_path, **changes))
+        check_memory(training, model, adapter, memory=0.1 * GIB)
+    _, training, model, adapter = parse(options("/no/such/model", tmp_path))
+    check_memory(training, model, adapter, memory=0.1 * GIB)
+    _, training, model, adapter = parse(options(tiny_model, tmp_path))
+    if training.device.type == "cpu":
+        check_memory(training, model, adapter)  # main memory is not planned for
+
+
+def test_training_asks_before_it_loads_anything(tiny_model, tiny_problems, tmp_path, monkeypatch, capsys):
+    """The job itself, on a device that says how little it has."""
+    words = options(tiny_model, tmp_path / "run", use_vllm=False)
+    words[words.index("--dataset_name") + 1] = str(tiny_problems / "train.jsonl")
+    real = check_memory
+    monkeypatch.setattr("fura_rl.train_grpo.check_memory", lambda *groups: real(*groups, memory=1.2 * GIB))
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "does not fit into 1.2 GiB: training needs" in said and said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_strategy_of_a_launch(tiny_model, tmp_path, monkeypatch):
+    common = options(tiny_model, tmp_path)
+    assert strategy_of(parse(common)[1]) == Strategy()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert strategy_of(parse(common)[1]) == Strategy(fsdp=True)
+    assert not torch.distributed.is_initialized()

@@ -84,14 +84,6 @@ def check_contradictions(training: FuraGRPOConfig) -> None:
         raise FuraError(
             f"max_completion_length={completion} leaves no room for a prompt in vllm_max_model_length={context}."
         )
-    colocated = training.use_vllm and training.vllm_mode == "colocate"
-    if colocated and training.world_size % training.vllm_tensor_parallel_size:
-        raise FuraError(
-            f"vllm_tensor_parallel_size={training.vllm_tensor_parallel_size} does not divide the number of processes, "
-            f"{training.world_size}."
-        )
-    if colocated and training.vllm_enable_sleep_mode and training.device.type == "cpu":
-        raise FuraError("vllm_enable_sleep_mode needs a GPU, and this run has none.")
     if training.benchmark_steps is not None and not training.benchmarks:
         raise FuraError("benchmark_steps is set, but there are no benchmarks to evaluate.")
     if training.benchmark_steps is not None and training.benchmark_steps < 1:
@@ -106,6 +98,18 @@ def check_contradictions(training: FuraGRPOConfig) -> None:
         names = [f"eval_{Path(name).stem}_{score}" for name in training.benchmarks for score in BENCHMARK_SCORES]
         if best not in names:
             raise FuraError(f"No benchmark gives metric_for_best_model={best}{nearest(best, names) or '.'}")
+
+
+def check_launch(training: FuraGRPOConfig) -> None:
+    """Raises FuraError for an engine that the started processes, or this machine, cannot have."""
+    colocated = training.use_vllm and training.vllm_mode == "colocate"
+    if colocated and training.world_size % training.vllm_tensor_parallel_size:
+        raise FuraError(
+            f"vllm_tensor_parallel_size={training.vllm_tensor_parallel_size} does not divide the number of processes, "
+            f"{training.world_size}."
+        )
+    if colocated and training.vllm_enable_sleep_mode and training.device.type == "cpu":
+        raise FuraError("vllm_enable_sleep_mode needs a GPU, and this run has none.")
 
 
 def check_output(training: FuraGRPOConfig) -> Path:
