@@ -49,7 +49,9 @@ def shard_blocks(delta: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:
     return delta[rank * (n // ranks) : (rank + 1) * (n // ranks)]
 
 
-def gathered_transform(x: torch.Tensor, delta: torch.Tensor, active: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def gathered_transform(
+    x: torch.Tensor, delta: torch.Tensor, active: torch.Tensor, ids: torch.Tensor, order: torch.Tensor | None = None
+) -> torch.Tensor:
     """`x + x D^T` for each part, with the `D` of each row's slot.
 
     Args:
@@ -57,6 +59,8 @@ def gathered_transform(x: torch.Tensor, delta: torch.Tensor, active: torch.Tenso
         delta: (A, S, n, b, b).
         active: (A, S) int32; zero where a slot's adapter leaves a part as it is: its `D` is not read.
         ids: at least T, int32: the slot of each row; anything below 0 or from A on stands for none.
+        order: at least T, int32, the first T a permutation of the rows: in which the kernel takes them. Sorted by slot,
+            it has less to read; the result is the same.
 
     Returns:
         (S, T, K) in the dtype of `x`; rows without a slot are exactly those of `x`.
@@ -64,7 +68,7 @@ def gathered_transform(x: torch.Tensor, delta: torch.Tensor, active: torch.Tenso
     if transform.HAVE_KERNELS and (
         transform.kernel_choice == "triton" or (transform.kernel_choice == "auto" and x.is_cuda)
     ):
-        return gathered_kernels.run_gathered(x, delta, active, ids)
+        return gathered_kernels.run_gathered(x, delta, active, ids, order)
     y_STK = x.expand(delta.shape[1], *x.shape).clone()
     ids = ids[: x.shape[0]]
     for slot in ids.unique().tolist():
@@ -76,12 +80,12 @@ def gathered_transform(x: torch.Tensor, delta: torch.Tensor, active: torch.Tenso
     return y_STK
 
 
-# Opaque to torch.compile, so that what is read from `any_adapted` is not traced. It lies in CPU memory: reading it does
-# not wait for the device, and while a CUDA graph is captured it decides what the graph holds.
+# Opaque to torch.compile, so that what is read from `counts` is not traced. It lies in CPU memory: reading it does not
+# wait for the device, and while a CUDA graph is captured it decides what the graph holds.
 torch.library.define(
     "fura::gathered_linear",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor delta, Tensor active, Tensor ids, Tensor any_adapted, int[] sizes)"
-    " -> Tensor",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor delta, Tensor active, Tensor ids, Tensor order, Tensor counts,"
+    " int[] sizes) -> Tensor",
 )
 
 
@@ -92,7 +96,8 @@ def gathered_linear(
     delta: torch.Tensor,
     active: torch.Tensor,
     ids: torch.Tensor,
-    any_adapted: torch.Tensor,
+    order: torch.Tensor,
+    counts: torch.Tensor,
     sizes: list[int],
 ) -> torch.Tensor:
     """`gathered_transform`, then each part's `x W^T + bias`. For inference: it has no gradient.
@@ -102,13 +107,15 @@ def gathered_linear(
         weight: (rows, K), the weights of all parts one below the other.
         bias: (rows) or None.
         delta, active, ids: see `gathered_transform`.
-        any_adapted: one bool in CPU memory; if false, no row has a slot and nothing is transformed.
+        order: at least T, int32; begins with a permutation of the batch's rows, beyond them each row stands for itself.
+        counts: two ints in CPU memory: the rows that have a slot, without any of which nothing is transformed, and the
+            rows of the batch.
         sizes: the rows of each part.
 
     Returns:
         (*, rows).
     """
-    return torch.ops.fura.gathered_linear(x, weight, bias, delta, active, ids, any_adapted, sizes)
+    return torch.ops.fura.gathered_linear(x, weight, bias, delta, active, ids, order, counts, sizes)
 
 
 @torch.library.impl("fura::gathered_linear", ("cpu", "cuda"))
@@ -119,12 +126,15 @@ def _(
     delta: torch.Tensor,
     active: torch.Tensor,
     ids: torch.Tensor,
-    any_adapted: torch.Tensor,
+    order: torch.Tensor,
+    counts: torch.Tensor,
     sizes: list[int],
 ) -> torch.Tensor:
-    if not any_adapted:
+    adapted, batch = counts.tolist()
+    if not adapted:
         return F.linear(x, weight, bias)
-    y_STK = gathered_transform(x.reshape(-1, x.shape[-1]), delta, active, ids)
+    x_TK = x.reshape(-1, x.shape[-1])
+    y_STK = gathered_transform(x_TK, delta, active, ids, order if batch <= len(x_TK) else None)
     if len(sizes) == 1:
         out = F.linear(y_STK[0], weight, bias)
     elif bias is None:
@@ -138,5 +148,5 @@ def _(
 
 
 @torch.library.register_fake("fura::gathered_linear")
-def _(x, weight, bias, delta, active, ids, any_adapted, sizes):
+def _(x, weight, bias, delta, active, ids, order, counts, sizes):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))

@@ -52,7 +52,14 @@ def check(arguments):
     found = gathered_transform(*arguments)
     assert found.dtype == arguments[0].dtype
     assert relative_error(found, expected(*arguments)) < ROUNDING[found.dtype]
+    assert torch.equal(gathered_transform(*arguments, sorted_rows(*arguments)), found)
     return found
+
+
+def sorted_rows(x, delta, active, ids):
+    """An order as long as `ids`: rows by slot, then what lies beyond them."""
+    rows = ids[: len(x)].argsort(stable=True)
+    return torch.cat([rows, torch.arange(len(x), len(ids), device=ids.device)]).int()
 
 
 def devices(function):
@@ -116,29 +123,31 @@ def test_fused_layers(device, bias, sizes):
     delta, active = delta[:, : len(sizes)].contiguous(), active[:, : len(sizes)].contiguous()
     weight = torch.randn(sum(sizes), 48, generator=generator).to(device)
     offset = torch.randn(sum(sizes), generator=generator).to(device) if bias else None
-    arguments = (x.view(2, 12, 48), weight, offset, delta, active, ids)
-    found = gathered_linear(*arguments, torch.tensor([True]), sizes)
+    arguments = (x.view(2, 12, 48), weight, offset, delta, active, ids, sorted_rows(x, delta, active, ids))
+    found = gathered_linear(*arguments, torch.tensor([9, 24]), sizes)
     inputs = expected(x, delta, active, ids)
     rows = zip(inputs, weight.double().cpu().split(sizes), strict=True)
     reference = torch.cat([y @ w.T for y, w in rows], dim=1).view(2, 12, -1)
     assert relative_error(found, reference if offset is None else reference + offset.double().cpu()) < 1e-5
-    base = gathered_linear(*arguments, torch.tensor([False]), sizes)
+    order = torch.full_like(ids, 2**30)  # a longer batch's: not of use here, and must not be read
+    assert torch.equal(gathered_linear(*arguments[:-1], order, torch.tensor([9, 25]), sizes), found)
+    base = gathered_linear(*arguments, torch.tensor([0, 24]), sizes)
     assert torch.equal(base, torch.nn.functional.linear(arguments[0], weight, offset))
 
 
 @devices
 def test_the_operator_compiles(device):
-    """As one opaque node that still reads `any_adapted` at run time."""
+    """As one opaque node that still reads `counts` at run time."""
     x, delta, active, ids = case(device, torch.float32, 2, 16, rows=8)
     weight = torch.randn(6, 32, device=device)
-    any_adapted = torch.tensor([False])
+    order, counts = sorted_rows(x, delta, active, ids), torch.tensor([0, 8])
 
     def layer(x):
-        return gathered_linear(x, weight, None, delta, active, ids, any_adapted, [2, 2, 2]) * 2
+        return gathered_linear(x, weight, None, delta, active, ids, order, counts, [2, 2, 2]) * 2
 
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     base = compiled(x)
-    any_adapted.fill_(True)
+    counts[0] = 5
     assert torch.equal(compiled(x), layer(x)) and not torch.equal(layer(x), base)
 
 
