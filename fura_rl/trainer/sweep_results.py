@@ -32,11 +32,12 @@ COLUMNS = (
 def summarise(runs: Sequence[SweepRun]) -> list[dict[str, Any]]:
     """One row a method, the best first; methods without a finished run have none.
 
-    `setting` is the best by mean final accuracy over seeds, `seeds` its accuracies and `interval` that of their mean;
-    `chosen` has the accuracy of each seed with the setting that was best on the others; `good_rates` the lowest and the
-    highest of the learning rates around the best one that lose at most `NEAR`, and whether the last tried is among
-    them; `spectra` means over layers and seeds of FuRA's diagnostics; and `against` compares `chosen` with that of the
-    sweep's first method, on seeds that both have: mean difference, its interval, and how often it is positive.
+    `setting` is the best by mean final accuracy, of those with the most seeds; `seeds` has its accuracies, `interval`
+    that of their mean; `chosen` the accuracy of each seed with the setting that was best on the others; `good_rates` the
+    lowest and the highest of the learning rates around the best one that lose at most `NEAR`, and whether the last
+    tried is among them; `spectra` means over layers and seeds of FuRA's diagnostics; and `against` compares `chosen`
+    with that of the sweep's first method, on seeds that both have: mean difference, its interval, and how often it is
+    positive.
     """
     final: dict[str, Scores] = defaultdict(lambda: defaultdict(dict))
     for run in runs:
@@ -47,7 +48,7 @@ def summarise(runs: Sequence[SweepRun]) -> list[dict[str, Any]]:
     rows = []
     for method, settings in final.items():
         means = {setting: fmean(seeds.values()) for setting, seeds in settings.items()}
-        setting = max(means, key=means.__getitem__)
+        setting = max(settings, key=lambda name: (len(settings[name]), means[name]))
         its_runs = [run for run in runs if run.method == method and run.setting == setting and run.curve()]
         seeds = dict(sorted(settings[setting].items()))
         row: dict[str, Any] = {
@@ -86,7 +87,7 @@ def chosen_on_others(settings: Scores) -> dict[int, float]:
 
 
 def _best(settings: Scores) -> dict[int, float]:
-    return max(settings.values(), key=lambda by_seed: fmean(by_seed.values()))
+    return max(settings.values(), key=lambda by_seed: (len(by_seed), fmean(by_seed.values())))
 
 
 def compare(ours: dict[int, float], theirs: dict[int, float], reference: str) -> dict[str, Any] | None:

@@ -53,6 +53,13 @@ def test_the_best_setting_and_the_one_chosen_on_other_seeds(sweep):
     assert fura["median_over_settings"] == pytest.approx((2.0 / 3 + 1.9 / 3) / 2)
 
 
+def test_a_setting_with_fewer_seeds_is_not_the_best(sweep):
+    runs = sweep({"fura": {1e-3: [0.9, 0.7], 2e-3: [0.85, None]}})
+    assert summarise(runs)[0]["setting"] == "learning_rate=0.001" and summarise(runs)[0]["accuracy"] == pytest.approx(
+        0.8
+    )
+
+
 def test_one_seed_allows_no_interval(sweep):
     runs = sweep({"fura": {1e-3: [0.9], 2e-3: [0.5]}, "lora": {1e-3: [0.7], 2e-3: [None]}})
     rows = by_method(summarise(runs))
