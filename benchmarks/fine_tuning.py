@@ -45,7 +45,7 @@ from fura_rl.trainer.methods import adapter_config
 from fura_rl.trainer.sweep_results import chosen_on_others
 
 ADAPTERS = [5e-4, 1e-3, 2e-3, 4e-3]
-RATES = {"full": [3e-5, 1e-4, 3e-4, 1e-3], "svd": [1e-3, 3e-3, 1e-2, 3e-2], "randlora": [1e-3, 3e-3, 1e-2, 3e-2]}
+RATES = {"full": [3e-5, 1e-4, 3e-4, 1e-3], "svd": [1e-4, 2.5e-4, 5e-4, 1e-3]}
 METHODS = ["fura", "lora", "full", "fura:basis=identity", "fura:basis=random", "dora", "pissa", "oft", "svd"]
 Example = tuple[list[int], int]  # token ids, and where those begin that the loss is taken on
 

@@ -33,8 +33,8 @@ def summarise(runs: Sequence[SweepRun]) -> list[dict[str, Any]]:
     """One row a method, the best first; methods without a finished run have none.
 
     `setting` is the best by mean final accuracy, of those with the most seeds; `seeds` has its accuracies, `interval`
-    that of their mean; `chosen` the accuracy of each seed with the setting that was best on the others; `good_rates` the
-    lowest and the highest of the learning rates around the best one that lose at most `NEAR`, and whether the last
+    that of their mean; `chosen` the accuracy of each seed with the setting that was best on the others; `good_rates`
+    the lowest and the highest of the learning rates around the best one that lose at most `NEAR`, and whether the last
     tried is among them; `spectra` means over layers and seeds of FuRA's diagnostics; and `against` compares `chosen`
     with that of the sweep's first method, on seeds that both have: mean difference, its interval, and how often it is
     positive.
