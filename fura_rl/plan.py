@@ -154,7 +154,8 @@ class Run:
         if training.use_vllm and training.vllm_mode == "server":
             adapter = training.vllm_transport == "adapter"
             words = "sync to a server, adapter only" if adapter else "sync to a server, merged"
-            sent[words] = 4.0 * self.sizes.trained if adapter else 2.0 * self.sizes.weights
+            pushed = (1.0 if training.vllm_push == "int8" else 4.0) * self.sizes.trained
+            sent[words] = pushed if adapter else 2.0 * self.sizes.weights
         return sent
 
 

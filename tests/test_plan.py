@@ -114,6 +114,17 @@ def test_what_to_change_is_said(plan, changes, words):
     assert re.search(words, reason), reason
 
 
+def test_what_a_server_gets(plan):
+    merged, pushed, exact = (
+        plan(vllm_mode="server", **more).network()
+        for more in ({}, {"vllm_transport": "adapter"}, {"vllm_transport": "adapter", "vllm_push": "exact"})
+    )
+    assert merged["sync to a server, merged"] == 2 * FURA_7B.weights
+    assert pushed["sync to a server, adapter only"] == FURA_7B.trained
+    assert exact["sync to a server, adapter only"] == 4 * FURA_7B.trained
+    assert not any("sync" in reason for reason in plan().network())
+
+
 def test_a_reference_model_is_counted_where_there_is_one(plan):
     held = plan(method="full", beta=0.01).parts()[1]
     assert held["reference model"] == 4 * FURA_7B.weights
