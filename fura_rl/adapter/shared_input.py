@@ -3,12 +3,17 @@
 The first layer of a group that is called multiplies its input for all of them; the others take their part, if they are
 called with that very tensor and nothing has changed in between. Whether they are is seen at each call, not assumed from
 the model's architecture: a group whose layers turn out to read different tensors (cross attention) is given up.
+
+In a graph that `torch.compile` traces, versions of tensors cannot be seen, and what is left on a module outlives the
+call. There the parent of the layers hands its input on as an alias made for this one call, and the first layer leaves
+on the alias what it computed for the others. The graph has one operator for the group.
 """
 
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -53,7 +58,10 @@ class SharedInput:
             x: (*, in) in the dtype that the base layer computes in.
             source: what the layer was called with: `x`, or a tensor of another dtype of which `x` is a copy.
         """
-        if torch.compiler.is_compiling() or not transform.have_kernels(x):
+        if torch.compiler.is_compiling():
+            traced = getattr(source, TRACED, None)
+            return None if traced is None else traced.multiply(layer, x)
+        if not transform.have_kernels(x):
             return None
         if torch.is_inference_mode_enabled() or source.is_inference():  # no version to see changes by
             return None
@@ -97,6 +105,61 @@ class SharedInput:
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(state["layers"])  # type: ignore[misc]
+
+
+class _Traced:
+    """A group of layers within one call of their parent, while it is traced. Goes with the alias that it hangs on."""
+
+    def __init__(self, layers: list[FuraLayer]) -> None:
+        self.layers = layers
+        self.all_blocks: list[FuraBlocks] = []
+        self.outputs: tuple[torch.Tensor, ...] = ()  # none before the first layer is called
+
+    def multiply(self, layer: FuraLayer, x: torch.Tensor) -> torch.Tensor | None:
+        """As that of `SharedInput`."""
+        # Saved for a gradient, the input cannot change between two layers. Without one, it could, and go unseen.
+        if not torch.is_grad_enabled():
+            return None
+        if not self.outputs:
+            found = [_only_blocks(one) for one in self.layers]
+            all_blocks = [blocks for blocks in found if blocks is not None]
+            if len(all_blocks) < len(found) or not _can_share(all_blocks, x):
+                return None
+            self.all_blocks, self.outputs = all_blocks, transform.shared_multiply(x, all_blocks)
+        for one, blocks, y in zip(self.layers, self.all_blocks, self.outputs, strict=True):
+            if one is layer and blocks is _only_blocks(layer) and y.dtype == x.dtype:
+                return y
+        return None
+
+
+TRACED = "_fura_traced"  # the attribute of an alias
+
+
+def _alias_input(
+    parent: nn.Module, args: tuple, kwargs: dict[str, Any], names: tuple[str, ...]
+) -> tuple[tuple, dict[str, Any]] | None:
+    """A hook before the forward of `parent`, while it is traced: its one input that the layers `names` can read, if
+    it is the only one, becomes an alias on which they leave what they share."""
+    if not torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return None
+    children: Any = [parent._modules.get(name) for name in names]
+    layers = [child for child in children if hasattr(child, "fura_blocks")]
+    if len(layers) < 2:
+        return None
+    found = None
+    for value in (*args, *kwargs.values()):
+        if type(value) is not torch.Tensor or not value.is_floating_point() or not 2 <= value.ndim <= 3:
+            continue  # a mask of attention has 4 dimensions
+        if value.shape[-1] == layers[0].in_features and value is not found:
+            if found is not None:
+                return None
+            found = value
+    if found is None or not transform.have_kernels(found):
+        return None
+    alias = found.view_as(found)
+    setattr(alias, TRACED, _Traced(layers))
+    given = {name: alias if value is found else value for name, value in kwargs.items()}
+    return tuple(alias if value is found else value for value in args), given
 
 
 def _only_blocks(layer: FuraLayer) -> FuraBlocks | None:
@@ -143,3 +206,5 @@ def link_shared_inputs(model: nn.Module, layer_class: type[FuraLayer]) -> None:
                 shared = SharedInput(layers)
                 for layer in layers:
                     layer.shared_input = shared
+                hook = parent.register_forward_pre_hook(partial(_alias_input, names=names), with_kwargs=True)
+                weakref.finalize(shared, hook.remove)  # with the layers: an unloaded model has no hooks

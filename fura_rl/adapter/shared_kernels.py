@@ -9,16 +9,10 @@ Shapes: T rows, n blocks, b block size, K = n * b features, c = 2 or 3 adapters;
 block.
 """
 
-from collections.abc import Sequence
-from itertools import chain
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
-from .delta_kernels import Tensors, run_delta_gradients, run_deltas
 from .kernels import Launch, evenly_spaced, padded
 from .triton_dot import dot
 from .triton_launch import INTERPRETED, Kernel
@@ -215,35 +209,3 @@ def run_shared_gradient_shares(
         num_warps=launch.warps,
     )
     return dx, shares_scnbb
-
-
-class SharedMultiply(torch.autograd.Function):
-    """`block_multiply` of one `x` by several adapters of the same geometry, all of them trained."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, merged: bool, *flat: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        """
-        Args:
-            x: (*, n * b).
-            merged: the cores carry the singular values.
-            flat: basis, sigma, core and scale of each adapter, one adapter after the other.
-        """
-        delta_cnbb = run_deltas(_adapters(flat), merged, False, x.dtype)
-        ctx.merged = merged
-        ctx.save_for_backward(x, delta_cnbb, *flat)
-        return tuple(run_shared_transform(x, delta_cnbb))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple:
-        x, delta_cnbb, *flat = ctx.saved_tensors
-        ctx.spent = True  # an output that was not fetched before has no gradient any more
-        dx, shares = run_shared_gradient_shares(list(gradients), x, delta_cnbb, ctx.needs_input_grad[0])
-        d_cores, d_scales = run_delta_gradients(shares, _adapters(flat), ctx.merged, False)
-        has_scale = flat[3] is not None
-        d_flat = [(None, None, d_core, d_scales[k] if has_scale else None) for k, d_core in enumerate(d_cores)]
-        return dx, None, *chain.from_iterable(d_flat)
-
-
-def _adapters(flat: Sequence[torch.Tensor | None]) -> list[Tensors]:
-    return [flat[start : start + 4] for start in range(0, len(flat), 4)]  # type: ignore[misc]

@@ -26,7 +26,7 @@ if kernel_choice not in CHOICES:
 # Importing Triton takes a second, so only where it can be of use. "triton" on a CPU is for Triton's interpreter.
 HAVE_KERNELS = find_spec("triton") is not None and (torch.version.cuda is not None or kernel_choice == "triton")
 if HAVE_KERNELS:
-    from . import delta_kernels, kernels, shared_kernels
+    from . import delta_kernels, kernels, shared_kernels, shared_operator
 
 
 def have_kernels(x: torch.Tensor) -> bool:
@@ -130,7 +130,9 @@ def shared_multiply(x: torch.Tensor, adapters: Sequence[Any]) -> tuple[torch.Ten
     """`block_multiply` of one `x` by two or three adapters (`FuraBlocks` of one geometry), in one pass over `x`."""
     merged = adapters[0].singular_values == "merged"
     flat = [t for a in adapters for t in (a.basis, a.sigma, a.core, None if merged else a.scale)]
-    return shared_kernels.SharedMultiply.apply(x, merged, *flat)
+    if torch.compiler.is_compiling():
+        return shared_operator.shared_multiply(x, merged, *flat)
+    return shared_operator.SharedMultiply.apply(x, merged, *flat)
 
 
 def product_factors(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
