@@ -36,6 +36,11 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
+def medians(rows: list[dict[str, float]]) -> dict[str, float]:
+    """By key, of rows that have the same ones."""
+    return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+
+
 class SyncServer:
     """`fura-rl serve PATH --for-training`, started at once and ended with the `with` block.
 
@@ -43,7 +48,7 @@ class SyncServer:
         has_nccl: Whether it can be sent merged weights the way TRL does.
     """
 
-    def __init__(self, path: str, log: Path, dtype: str) -> None:
+    def __init__(self, path: str, log: Path, dtype: str, *options: str) -> None:
         port = free_port()
         self.has_nccl = torch.cuda.device_count() > 1
         self.url = f"http://127.0.0.1:{port}"
@@ -51,6 +56,7 @@ class SyncServer:
         command = [sys.executable, "-m", "fura_rl.cli", "serve", path, "--for-training", "--port", str(port)]
         command += ["--dtype", dtype, "--max-model-len", "512", "--max-num-seqs", "8", "--keep", "device"]
         command += ["--enforce-eager", "--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(2**30)]
+        command += options
         environment = {key: value for key, value in os.environ.items() if key not in OWN}
         if self.has_nccl:
             command += ["--weight-transfer-config", '{"backend": "nccl"}']
@@ -72,28 +78,57 @@ class SyncServer:
         policy_logprobs: Callable[[PeftModel, torch.Tensor], torch.Tensor],
         rounds: int,
     ) -> dict[str, Any]:
-        """Seconds and bytes of the first push and of later ones, and how far the two are apart afterwards."""
-        try:
-            client = AdapterVLLMClient(self.url, connection_timeout=PATIENCE_S)
-        except Exception as error:
-            raise SystemExit(f"No server at {self.url} ({error}):\n{self.log.read_text()[-4000:]}") from error
-        seconds, sizes = [], []
+        """Seconds and bytes of the first push and of later ones, and how far the two are apart afterwards.
+
+        `phases` are medians of the later pushes, each of which changes every number by up to 1e-4.
+        """
+        client = self.connect()
+        seconds, sizes, phases = [], [], []
         for _ in range(rounds + 2):
             with torch.no_grad():
                 for parameter in model.parameters():
                     if parameter.requires_grad:
-                        parameter.add_(torch.randn_like(parameter), alpha=1e-3)
+                        parameter.add_(2 * torch.rand_like(parameter) - 1, alpha=1e-4)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             started = time.perf_counter()
-            client.push(adapter_of(model, lambda parameters: nullcontext()))
+            adapter = adapter_of(model, lambda parameters: nullcontext())
+            collected = time.perf_counter()
+            client.push(adapter)
             seconds.append(time.perf_counter() - started)
             sizes.append(client.sent_bytes)
+            phases.append({"collect": collected - started, **client.seconds})
         engine = torch.tensor(score_on_server(client, ids_bt.tolist()))
         return {
             "first_seconds": seconds[0],
             "first_bytes": sizes[0],
             "seconds": statistics.median(seconds[2:]),
             "bytes": sizes[-1],
+            "phases": medians(phases[2:]),
             "gap": float((policy_logprobs(model, ids_bt) - engine).abs().mean()),
+        }
+
+    def connect(self) -> AdapterVLLMClient:
+        """A trainer's client, once the server answers."""
+        try:
+            return AdapterVLLMClient(self.url, connection_timeout=PATIENCE_S)
+        except Exception as error:
+            raise SystemExit(f"No server at {self.url} ({error}):\n{self.log.read_text()[-4000:]}") from error
+
+    def measure_swaps(self, folders: list[Path], rounds: int) -> dict[str, Any]:
+        """Median seconds of swaps between adapters in folders, after each was swapped in once, and their phases."""
+        manager = self.connect().manager
+        seconds, phases = [], []
+        for folder in folders * (rounds + 1):
+            started = time.perf_counter()
+            status = manager.swap(folder)
+            seconds.append(time.perf_counter() - started)
+            phases.append({**status["seconds"], "HTTP": seconds[-1] - sum(status["seconds"].values())})
+        later = slice(len(folders), None)
+        return {
+            "first_seconds": seconds[0],
+            "seconds": statistics.median(seconds[later]),
+            "phases": medians(phases[later]),
         }
 
     def measure_merged(self, model: PeftModel, tokenizer: Any, ids_bt: torch.Tensor, rounds: int) -> dict[str, Any]:

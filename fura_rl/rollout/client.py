@@ -81,7 +81,7 @@ class FuraClient:
         return self._call("POST", "off", json={})
 
     def version(self) -> dict[str, Any]:
-        """The status: version, name, path, checksum, base, dtype, logprobs_mode."""
+        """The status: version, name, path, checksum, base, dtype, logprobs_mode, and seconds of the last change."""
         return self._call("GET", "version")
 
     def list(self) -> dict[str, Any]:

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fura_rl.adapter.blocks import FuraBlocks
 from fura_rl.adapter.fingerprint import is_other_weight, sample_entries
 from fura_rl.errors import FuraError
 from fura_rl.rollout import vllm_names
+from fura_rl.rollout.multiplier import Multiplier
 from fura_rl.rollout.payload import Adapter
 from fura_rl.rollout.pristine import PristineWeights
 
@@ -34,9 +34,9 @@ class EngineLayer:
 
 @dataclass(frozen=True)
 class Merge:
-    """What an engine's weights are made of: blocks by checkpoint layer, and the engine's layers that they touch."""
+    """What an engine's weights are made of: multipliers by checkpoint layer, and the engine's layers they touch."""
 
-    blocks: dict[str, FuraBlocks]
+    multipliers: dict[str, Multiplier]
     layers: dict[str, EngineLayer]
 
 
@@ -59,6 +59,7 @@ class InEngineAdapter:
         self._lost = False
         self._packed = vllm_names.packed_modules(model)
         self._samples: dict[str, torch.Tensor] = {}  # of base weights
+        self._rows: dict[str, list[torch.Tensor] | None] = {}  # by layer of the engine
 
     # -- prepare --------------------------------------------------------------------------------------------------
 
@@ -73,11 +74,11 @@ class InEngineAdapter:
             return NOTHING
         if not adapter.modules:
             raise FuraError("The adapter holds no layers.")
-        blocks = adapter.blocks(self.pristine.device)
-        layers = {layer.path: layer for layer in map(self._find_layer, blocks)}
-        for name, block in blocks.items():
-            self._check_fit(name, block, adapter.modules[name].get("base_sample"))
-        return Merge(blocks, layers)
+        multipliers = adapter.multipliers(self.pristine.device)
+        layers = {layer.path: layer for layer in map(self._find_layer, multipliers)}
+        for name, multiplier in multipliers.items():
+            self._check_fit(name, multiplier, adapter.modules[name].get("base_sample"))
+        return Merge(multipliers, layers)
 
     def _find_layer(self, name: str) -> EngineLayer:
         parent, _, leaf = name.rpartition(".")
@@ -102,10 +103,10 @@ class InEngineAdapter:
                 )
         return EngineLayer(path, module, parts)
 
-    def _check_fit(self, name: str, blocks: FuraBlocks, sample: torch.Tensor | None) -> None:
+    def _check_fit(self, name: str, multiplier: Multiplier, sample: torch.Tensor | None) -> None:
         shape = self.pristine.shape(f"{name}.weight")
-        adapted = shape[1 if blocks.side == "input" else 0]
-        width = blocks.num_blocks * blocks.block_size
+        adapted = shape[1 if multiplier.side == "input" else 0]
+        width = multiplier.width
         if adapted != width:
             raise FuraError(
                 f"The adapter was made for another base model: its blocks of {name} cover {width} features, this "
@@ -113,9 +114,9 @@ class InEngineAdapter:
             )
         if sample is not None and is_other_weight(sample, self._base_sample(name)):
             raise FuraError(f"The adapter was made for another base model: the weight of {name} differs altogether.")
-        if blocks.bias is not None:
+        if multiplier.bias is not None:
             bias = f"{name}.bias"
-            if bias not in self.pristine or self.pristine.shape(bias) != tuple(blocks.bias.shape):
+            if bias not in self.pristine or self.pristine.shape(bias) != tuple(multiplier.bias.shape):
                 raise FuraError(f"The adapter was made for another base model: it trains a bias of {name}.")
 
     def _base_sample(self, name: str) -> torch.Tensor:
@@ -138,12 +139,14 @@ class InEngineAdapter:
         try:
             for layer in layers.values():
                 written.append(layer)
-                self._write(layer, merge.blocks, with_bias=_trains_bias(layer, merge.blocks, old.blocks))
+                self._write(layer, merge.multipliers, with_bias=_trains_bias(layer, merge, old))
+            if self.pristine.device.type == "cuda":
+                torch.cuda.synchronize()  # what fails, fails here
         except Exception as error:
             self._lost = True  # until the old weights are back
             try:
                 for layer in written:
-                    self._write(layer, old.blocks, with_bias=_trains_bias(layer, merge.blocks, old.blocks))
+                    self._write(layer, old.multipliers, with_bias=_trains_bias(layer, merge, old))
             except Exception as second:
                 raise FuraError(
                     f"The adapter could not be merged ({reason(error)}), nor the old weights put back "
@@ -164,20 +167,50 @@ class InEngineAdapter:
             self.commit(self._undo)
 
     @torch.no_grad()
-    def _write(self, layer: EngineLayer, blocks: dict[str, FuraBlocks], *, with_bias: bool) -> None:
-        dtype = vllm_names.attribute(layer.module, "weight").dtype  # one matrix in float32 at a time
-        weights = [self._merged(part, blocks.get(part)).to(dtype) for part in layer.parts]
-        vllm_names.store_weight(layer.module, weights)
+    def _write(self, layer: EngineLayer, multipliers: dict[str, Multiplier], *, with_bias: bool) -> None:
+        rows = self._rows_of(layer)
+        if rows is None:
+            dtype = vllm_names.attribute(layer.module, "weight").dtype  # one matrix in float32 at a time
+            weights = [self._merged(part, multipliers.get(part)).to(dtype) for part in layer.parts]
+            vllm_names.store_weight(layer.module, weights)
+        else:
+            for part, out in zip(layer.parts, rows, strict=True):
+                self._merge_into(part, multipliers.get(part), out)
         if with_bias:
-            vllm_names.store_bias(layer.module, [self._merged_bias(part, blocks.get(part)) for part in layer.parts])
+            biases = [self._merged_bias(part, multipliers.get(part)) for part in layer.parts]
+            vllm_names.store_bias(layer.module, biases)
 
-    def _merged(self, part: str, blocks: FuraBlocks | None) -> torch.Tensor:
+    def _rows_of(self, layer: EngineLayer) -> list[torch.Tensor] | None:
+        """The parts of a layer's weight, if it holds them as they are, one below the other; None if only vLLM knows.
+
+        Looked up before the layer is written for the first time, in what vLLM's loader makes of the base.
+        """
+        if layer.path not in self._rows:
+            weight = vllm_names.attribute(layer.module, "weight")
+            sizes = [self.pristine.shape(f"{part}.weight")[0] for part in layer.parts]
+            self._rows[layer.path] = None
+            if weight.numel() and vllm_names.tensor_parallel_size(layer.module) == 1 and len(weight) == sum(sizes):
+                base = [self.pristine[f"{part}.weight"].to(weight.dtype) for part in layer.parts]
+                vllm_names.store_weight(layer.module, base)
+                rows = list(weight.data.split(sizes))
+                if all(torch.equal(row, part) for row, part in zip(rows, base, strict=True)):
+                    self._rows[layer.path] = rows
+        return self._rows[layer.path]
+
+    def _merge_into(self, part: str, multiplier: Multiplier | None, out: torch.Tensor) -> None:
         weight = self.pristine[f"{part}.weight"]
-        return weight if blocks is None else blocks.multiply(weight.float(), blocks())
+        if multiplier is None:
+            out.copy_(weight)
+        else:
+            multiplier.merge_into(weight, out)
 
-    def _merged_bias(self, part: str, blocks: FuraBlocks | None) -> torch.Tensor:
+    def _merged(self, part: str, multiplier: Multiplier | None) -> torch.Tensor:
+        weight = self.pristine[f"{part}.weight"]
+        return weight if multiplier is None else multiplier.merged(weight)
+
+    def _merged_bias(self, part: str, multiplier: Multiplier | None) -> torch.Tensor:
         bias = self.pristine[f"{part}.bias"].float()
-        return bias if blocks is None or blocks.bias is None else bias + blocks.bias
+        return bias if multiplier is None or multiplier.bias is None else bias + multiplier.bias
 
     def _check_alive(self) -> None:
         if self._lost:
@@ -191,5 +224,6 @@ def reason(error: BaseException) -> str:
     return str(error)
 
 
-def _trains_bias(layer: EngineLayer, *all_blocks: dict[str, FuraBlocks]) -> bool:
-    return any(part in blocks and blocks[part].bias is not None for part in layer.parts for blocks in all_blocks)
+def _trains_bias(layer: EngineLayer, *merges: Merge) -> bool:
+    found = (merge.multipliers.get(part) for part in layer.parts for merge in merges)
+    return any(multiplier is not None and multiplier.bias is not None for multiplier in found)

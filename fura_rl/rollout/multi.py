@@ -113,13 +113,13 @@ def read_deltas(folder: Path, layers: dict[str, tuple[Any, int]]) -> dict[str, t
     device = next((layer.device for layer, _ in _ours(layers)), torch.device("cpu"))
     deltas = {}
     with torch.inference_mode():
-        for name, blocks in adapter.blocks(device).items():
+        for name, multiplier in adapter.multipliers(device).items():
             layer, number = layers.get(name, (None, 0))
             if not isinstance(layer, PerRequestLayer):
                 raise FuraError(
                     f"The adapter was made for another model: this engine has no layer {name} that takes FuRA adapters."
                 )
-            delta = layer.own_blocks(name, number, blocks(), adapter.modules[name].get("base_sample"))
+            delta = layer.own_blocks(name, number, multiplier.delta, adapter.modules[name].get("base_sample"))
             deltas[name] = delta.to("cpu", vllm_names.attribute(layer.base_layer, "params_dtype")).contiguous()
     return deltas
 

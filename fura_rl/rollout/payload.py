@@ -22,6 +22,7 @@ from fura_rl.adapter.loading import Tensors, check_values
 from fura_rl.adapter.saving import read_adapter
 from fura_rl.errors import FuraError
 from fura_rl.rollout.change import GROUP, decode, encode, is_close
+from fura_rl.rollout.multiplier import Multiplier, multiplier
 
 TRAINED = ("core", "scale", "bias")  # what a step of training changes; basis, sigma, fold and base_sample stay
 FAMILY = ("side", "singular_values", "basis")  # the options that say how tensors make a multiplier
@@ -124,27 +125,43 @@ class Adapter:
             modules[module][key] = part.view(value.shape)
         return Adapter(self.family, modules)
 
-    def blocks(self, device: torch.device) -> dict[str, FuraBlocks]:
-        """Module name -> blocks on `device`, without samples of the base.
+    @torch.no_grad()
+    def multipliers(self, device: torch.device) -> dict[str, Multiplier]:
+        """Module name -> what multiplies its weight, on `device`.
 
         Raises:
             FuraError: a tensor is missing or has another shape than the core asks for.
         """
-        config = FuraConfig(**self.family)
         for module, tensors in self.modules.items():
             if "core" not in tensors or tensors["core"].ndim != 3:
                 raise FuraError(f"The adapter lacks the core of {module}.")
+        config = FuraConfig(**self.family)
+        known: dict[
+            Any, FuraBlocks
+        ] = {}  # most modules have the same shapes, and making blocks takes longer than using
         made = {}
         for module, tensors in self.to(device).modules.items():
-            try:
-                blocks = FuraBlocks.from_tensors(config, tensors)
-            except RuntimeError as error:  # torch names the tensor and both shapes
-                raise FuraError(f"The adapter's tensors of {module} do not fit together: {error}") from error
-            missing = sorted(blocks.state_dict().keys() - tensors.keys() - {"base_sample"})
-            if missing:
-                raise FuraError(f"The adapter lacks {missing[0]} of {module}: its file is incomplete.")
-            made[module] = blocks
+            shapes = tuple((key, value.shape) for key, value in sorted(tensors.items()))
+            if shapes not in known:
+                known[shapes] = _empty_blocks(module, config, tensors)
+            made[module] = multiplier(known[shapes], tensors)
         return made
+
+
+def _empty_blocks(module: str, config: FuraConfig, tensors: Tensors) -> FuraBlocks:
+    """Blocks for tensors of these shapes.
+
+    Raises:
+        FuraError: one is missing, or has another shape than the core asks for.
+    """
+    try:
+        blocks = FuraBlocks.from_tensors(config, {key: value.to("meta") for key, value in tensors.items()})
+    except RuntimeError as error:  # torch names the tensor and both shapes
+        raise FuraError(f"The adapter's tensors of {module} do not fit together: {error}") from error
+    missing = sorted(blocks.state_dict().keys() - tensors.keys() - {"base_sample"})
+    if missing:
+        raise FuraError(f"The adapter lacks {missing[0]} of {module}: its file is incomplete.")
+    return blocks
 
 
 def _digest(module: str, tensors: Mapping[str, torch.Tensor]) -> bytes:

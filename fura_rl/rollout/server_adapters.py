@@ -15,6 +15,7 @@ from fura_rl.errors import FuraError
 from fura_rl.rollout import vllm_names
 from fura_rl.rollout.allowed import AllowedAdapters
 from fura_rl.rollout.gate import Gate
+from fura_rl.rollout.phases import Phases
 from fura_rl.rollout.watch import newest_checkpoint
 from fura_rl.rollout.worker import Reply, first_reply
 
@@ -65,6 +66,7 @@ class ServerAdapters:
     Attributes:
         instance: Names this start of the server: after a restart it is another.
         version: How often weights were changed since the start; 0 is the base.
+        seconds: Of the last change, by phase.
     """
 
     def __init__(self, engine: Any, settings: ServeSettings, gate: Gate) -> None:
@@ -80,6 +82,7 @@ class ServerAdapters:
         self.checksum = ""
         self.base = ""
         self.dtype = ""
+        self.seconds: dict[str, float] = {}
         self.lost = False
         self._one_change = asyncio.Lock()
 
@@ -96,6 +99,7 @@ class ServerAdapters:
             "checksum": self.checksum,
             "base": self.base,
             "dtype": self.dtype,
+            "seconds": self.seconds,
             "logprobs_mode": vllm_names.logprobs_mode(self.engine),
         }
 
@@ -130,14 +134,18 @@ class ServerAdapters:
         async with self._one_change:
             if self.lost:
                 raise FuraError("An earlier change could not be undone: restart the server.")
+            phases = Phases()
             reply = await self._call(prepare, argument)  # reads and checks while requests go on
+            phases.end("prepare")
             async with self.gate.change(self.settings.drain_seconds):
                 try:
                     # the gate has let every HTTP request finish; this also waits for what a server generates in the
                     # background, and empties the prefix cache
                     pause = self.engine.pause_generation(mode="wait", clear_cache=True)
                     await asyncio.wait_for(pause, self.settings.drain_seconds)
+                    phases.end("requests in flight")
                     await self._commit()
+                    phases.end("merge")
                     self.version += 1
                     self.name, self.path, self.checksum = name, path, reply["checksum"]
                 except TimeoutError as error:
@@ -146,6 +154,10 @@ class ServerAdapters:
                     ) from error
                 finally:
                     await self.engine.resume_generation()
+            phases.end("resume")
+            of_worker = reply["seconds"]
+            phases["prepare"] -= sum(of_worker.values())  # the way to the engine's process and back
+            self.seconds = {**of_worker, "to the engine and back": phases.pop("prepare"), **phases}
             logger.info("Weights are now %s: %s", self.stamp, self.name or "the base")
             return self.status()
 

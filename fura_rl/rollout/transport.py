@@ -32,6 +32,7 @@ from fura_rl.rollout.change import LARGEST_ERROR
 from fura_rl.rollout.client import REQUIRE_HEADER, VERSION_HEADER, FuraClient, ServerLostError, Tries
 from fura_rl.rollout.merged import GatherFunction, checkpoint_name
 from fura_rl.rollout.payload import FAMILY, TRAINED, Adapter, StaleUpdateError, Tensors, pack, pack_update
+from fura_rl.rollout.phases import Phases
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +143,7 @@ class AdapterVLLMClient(VLLMClient):
     Attributes:
         stamp: Version of the server's weights after the last push.
         sent_bytes: Size of the last push.
+        seconds: Of the last push, by phase, those of the server among them.
 
     Raises:
         FuraError: the server cannot be reached, or manages no adapters.
@@ -155,6 +157,7 @@ class AdapterVLLMClient(VLLMClient):
         self.form = form
         self.stamp = ""
         self.sent_bytes = 0
+        self.seconds: dict[str, float] = {}
         self.patience = connection_timeout
         self._latest: Adapter | None = None  # the trainer's
         self._held: Adapter | None = None  # the server's, up to rounding the same
@@ -169,21 +172,31 @@ class AdapterVLLMClient(VLLMClient):
             FuraError: it was made for another base, the server merged something else, or cannot be reached.
         """
         self._latest = adapter
+        phases = Phases()
         now = self.manager.version()
+        phases.end("ask for the version")
         if now["version"] == self.stamp and self._held is not None and adapter.shares_frozen(self._held):
             try:
                 largest_error = LARGEST_ERROR[now["dtype"]] if self.form == "int8" else 0.0
-                return self._send(*pack_update(adapter, self._held, largest_error))
+                held, data = pack_update(adapter, self._held, largest_error)
+                phases.end("pack")
+                return self._send(held, data, phases)
             except StaleUpdateError as error:  # an answer was lost, or a rank of the server is ahead
                 logger.warning("Sending the whole adapter to the server at %s: %s", self.base_url, error)
-        self._send(adapter, pack(adapter))
+        data = pack(adapter)
+        phases.end("pack")
+        self._send(adapter, data, phases)
 
-    def _send(self, adapter: Adapter, data: bytes) -> None:
+    def _send(self, adapter: Adapter, data: bytes, phases: Phases) -> None:
         with ThreadPoolExecutor(1) as beside:  # the server takes longer
             checksum = beside.submit(lambda: adapter.checksum)
             status = self.manager.push(data, name="training")
+            phases.end("send")
         if status["checksum"] != checksum.result():
             raise FuraError(f"The server at {self.base_url} merged other tensors than those that were sent.")
+        phases.end("compare checksums")
+        phases["send"] -= sum(status["seconds"].values())  # beside what the server did
+        self.seconds = {**phases, **{f"server: {phase}": value for phase, value in status["seconds"].items()}}
         self._held, self.stamp, self.sent_bytes = adapter, status["version"], len(data)
 
     def refresh(self) -> None:

@@ -18,6 +18,7 @@ from fura_rl.errors import FuraError
 from fura_rl.rollout import vllm_names
 from fura_rl.rollout.in_engine import InEngineAdapter, Merge, reason
 from fura_rl.rollout.payload import Adapter, StaleUpdateError, read_folder, unpack
+from fura_rl.rollout.phases import Phases
 from fura_rl.rollout.pristine import PristineWeights, check_keep
 
 Reply = dict[str, Any]
@@ -50,7 +51,7 @@ class FuraWorker:
     @_reply
     def fura_prepare(self, path: str | None) -> Reply:
         """Reads and checks the adapter in a folder; None for the base."""
-        return self.fura_state.prepare(None if path is None else read_folder(path))
+        return self.fura_state.prepare_saved(path)
 
     @_reply
     def fura_prepare_pushed(self, data: bytes) -> Reply:
@@ -83,25 +84,41 @@ class _State:
         self.prepared_push: tuple[Adapter, Adapter] | None = None
         self.prepared: Merge | None = None
 
-    def prepare(self, adapter: Adapter | None, there: Adapter | None = None) -> Reply:
-        """Checks an adapter; `there` is the same on the engine's device, if it is there already."""
+    def prepare(self, adapter: Adapter | None, there: Adapter | None, phases: Phases) -> Reply:
+        """Checks an adapter; `there` is the same on the engine's device."""
         self.prepared = self.prepared_push = None
         with ThreadPoolExecutor(1) as beside:  # hashing takes as long as the checks
             checksum = beside.submit(lambda: "" if adapter is None else adapter.checksum)
-            self.prepared = self.engine.prepare(there or adapter)
-        return {"checksum": checksum.result(), "layers": len(self.prepared.blocks)}
+            self.prepared = self.engine.prepare(there)
+            phases.end("fit and D")
+            reply = {"checksum": checksum.result(), "layers": len(self.prepared.multipliers), "seconds": phases}
+        phases.end("checksum")
+        return reply
+
+    def prepare_saved(self, path: str | None) -> Reply:
+        phases = Phases()
+        if path is None:
+            return self.prepare(None, None, phases)
+        adapter = read_folder(path)
+        phases.end("read and check")
+        there = adapter.to(self.engine.pristine.device)
+        phases.end("to device")
+        return self.prepare(adapter, there, phases)
 
     def prepare_pushed(self, data: bytes) -> Reply:
-        device = self.engine.pristine.device
+        phases, device = Phases(), self.engine.pristine.device
         if self.pushed is None:
             adapter = unpack(data)
+            phases.end("read and check")
             there = adapter.to(device)
         else:
             held, held_there = self.pushed
             adapter = unpack(data, held)
+            phases.end("read and check")
             update = adapter.shares_frozen(held)  # then frozen tensors need not travel again
             there = held_there.with_trained(adapter.trained.to(device)) if update else adapter.to(device)
-        reply = self.prepare(adapter, there)
+        phases.end("to device")
+        reply = self.prepare(adapter, there, phases)
         self.prepared_push = adapter, there
         return reply
 

@@ -14,6 +14,7 @@ from fura_rl.adapter.saving import to_delta
 from fura_rl.errors import FuraError
 from fura_rl.rollout import vllm_names
 from fura_rl.rollout.attach import attach
+from fura_rl.rollout.in_engine import InEngineAdapter
 from fura_rl.rollout.payload import read_folder
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -213,11 +214,11 @@ def test_unpacked_fused_weights_and_biases_are_written_in_place(biased_model, se
     assert prompt_logprobs(llm, sequences) == fresh
     assert llm.apply_model(addresses) == [before]
 
-    def fails(module, parts):
+    def fails(self, part, multiplier, out):
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as broken:  # what was written cannot be put back either: this engine is of no more use
-        broken.setattr(vllm_names, "store_weight", fails)
+        broken.setattr(InEngineAdapter, "_merge_into", fails)
         with pytest.raises(FuraError, match="An earlier change failed and could not be undone"):
             adapters.swap(tmp_path / "weights")
     with pytest.raises(FuraError, match="An earlier change failed and could not be undone"):
