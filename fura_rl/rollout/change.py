@@ -16,8 +16,8 @@ from torch.nn.functional import pad
 GROUP = 128  # numbers that share a factor: 3% more bytes, and most blocks are made of whole groups
 CHUNK = 2**13 * GROUP  # worked on at a time, so that what is in between stays in the processor's cache
 SMALLEST_FACTOR = 2.0**-100  # some processors are told to flush what is below 2^-126 to zero, others are not
-# Beyond which a change has to go exactly, by the engine's dtype. An error of 2^-15 in a block of 64 moves a weight by
-# at most an eighth of what rounding to bfloat16 may; how far log-probs move: docs/performance.md, "Syncs".
+# Beyond which a change goes exactly, by the engine's dtype. In a block of 64, errors of 2^-15 move a weight by some
+# 2^-12 of itself, rounding to bfloat16 by up to 2^-8; how far log-probs move: docs/performance.md, "Syncs".
 LARGEST_ERROR = {"float32": 2.0**-23, "bfloat16": 2.0**-15, "float16": 2.0**-18}
 
 

@@ -59,6 +59,7 @@ class InEngineAdapter:
         self._lost = False
         self._packed = vllm_names.packed_modules(model)
         self._samples: dict[str, torch.Tensor] = {}  # of base weights
+        self._layers: dict[str, EngineLayer] = {}  # by layer of the checkpoint
         self._rows: dict[str, list[torch.Tensor] | None] = {}  # by layer of the engine
 
     # -- prepare --------------------------------------------------------------------------------------------------
@@ -81,6 +82,11 @@ class InEngineAdapter:
         return Merge(multipliers, layers)
 
     def _find_layer(self, name: str) -> EngineLayer:
+        if name not in self._layers:
+            self._layers[name] = self._look_up_layer(name)
+        return self._layers[name]
+
+    def _look_up_layer(self, name: str) -> EngineLayer:
         parent, _, leaf = name.rpartition(".")
         path = name
         parts: tuple[str, ...] = (name,)

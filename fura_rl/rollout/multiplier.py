@@ -10,7 +10,7 @@ from torch.func import functional_call
 from fura_rl.adapter.blocks import FuraBlocks
 from fura_rl.adapter.config import Side
 from fura_rl.adapter.loading import Tensors
-from fura_rl.adapter.transform import HAVE_KERNELS, merge_input_side, merge_output_side
+from fura_rl.adapter.transform import HAVE_KERNELS, have_kernels, merge_input_side, merge_output_side
 
 if HAVE_KERNELS:
     from fura_rl.adapter.delta_kernels import run_delta
@@ -57,8 +57,7 @@ def multiplier(blocks: FuraBlocks, tensors: Tensors) -> Multiplier:
     precise = {key: value.to(torch.promote_types(value.dtype, torch.float32)) for key, value in tensors.items()}
     core = precise["core"]
     if (
-        HAVE_KERNELS
-        and core.is_cuda
+        have_kernels(core)
         and core.dtype == torch.float32
         and core.shape[1] <= merge_kernel.LARGEST_BLOCK
         and blocks.side == "input"

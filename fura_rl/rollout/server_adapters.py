@@ -141,8 +141,7 @@ class ServerAdapters:
                 try:
                     # the gate has let every HTTP request finish; this also waits for what a server generates in the
                     # background, and empties the prefix cache
-                    pause = self.engine.pause_generation(mode="wait", clear_cache=True)
-                    await asyncio.wait_for(pause, self.settings.drain_seconds)
+                    await asyncio.wait_for(vllm_names.pause(self.engine), self.settings.drain_seconds)
                     phases.end("requests in flight")
                     await self._commit()
                     phases.end("merge")

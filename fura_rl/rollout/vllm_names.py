@@ -248,6 +248,19 @@ def engine_of_app(app: Any) -> Any:
     return attribute(app, "state.engine_client")
 
 
+async def pause(engine: Any) -> None:
+    """`AsyncLLM.pause_generation` in mode "wait", with caches cleared, but without the 20 ms that it sleeps at the end.
+
+    They are for callers who want the last outputs before it returns; the gate has let every request finish.
+    """
+    pause_scheduler = getattr(engine.engine_core, "pause_scheduler_async", None)
+    if pause_scheduler is None or not hasattr(engine, "renderer"):  # an older vLLM
+        await engine.pause_generation(mode="wait", clear_cache=True)
+    else:
+        await attribute(engine, "renderer.clear_mm_cache_async")()
+        await pause_scheduler(mode="wait", clear_cache=True)
+
+
 def logprobs_mode(engine: Any) -> str:
     """Which log-probs an `AsyncLLM` returns, such as "processed_logprobs"."""
     return attribute(engine, "vllm_config.model_config.logprobs_mode")
