@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from quantized import batch_of, read
+from quantized_loss import batch_of, read
 from rich.console import Console
 from rich.table import Table
 from torch import nn

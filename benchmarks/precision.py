@@ -26,9 +26,9 @@ import sys
 import time
 from pathlib import Path
 
+import step_methods
 import torch
-import train_step
-from quantized import batch_of, held_out_loss, read
+from quantized_loss import batch_of, held_out_loss, read
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -44,10 +44,10 @@ def build(base: nn.Module, form: str) -> tuple[nn.Module, list[nn.Parameter]]:
     """The form on a copy of the model, and its cores."""
     model = copy.deepcopy(base)
     if form == "fura":
-        model = train_step.with_adapter(FuraConfig())(model)
+        model = step_methods.with_adapter(FuraConfig())(model)
         return model, [m.fura_blocks["default"].core for m in model.modules() if isinstance(m, FuraLayer)]
-    train_step.published(model.model)
-    layers = [m for m in model.modules() if isinstance(m, train_step.PublishedFura)]
+    step_methods.published(model.model)
+    layers = [m for m in model.modules() if isinstance(m, step_methods.PublishedFura)]
     model.requires_grad_(False)
     for layer in layers:
         for parameter in layer.parameters():
@@ -64,7 +64,7 @@ def dense(model: nn.Module) -> list[torch.Tensor]:
     for module in model.modules():
         if isinstance(module, FuraLayer):
             weights.append(module.merged_weight())
-        elif isinstance(module, train_step.PublishedFura):
+        elif isinstance(module, step_methods.PublishedFura):
             n, b, _ = module.core.shape
             left = (module.left.float() * module.s.float()).view(-1, n, b).transpose(0, 1)
             weights.append((left @ module.core.float()).transpose(0, 1).reshape(module.left.shape))

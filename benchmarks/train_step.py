@@ -1,7 +1,7 @@
 r"""One training step, side by side: FuRA, its published form, LoRA, DoRA, OFT, full fine-tuning, and the floor.
 
     python benchmarks/train_step.py [--shape qwen3-1.7b] [--layers 28] [--tokens 16384] [--checkpointing] [--compile]
-        [--fsdp] [--rows lora_r32 fura]
+        [--fsdp | --zero 2] [--rows lora_r32 fura]
 
 Decoder layers of Qwen3 in the shape of a model, with random weights in bf16, under bf16 autocast as trainers run it;
 without embedding and output head, which no method touches. A step is forward, backward and AdamW (fused) on `--tokens`
@@ -13,6 +13,10 @@ tokens in sequences of `--sequence`. All seven projections of a layer are adapte
   trained in bf16: the paper's code, written out here.
 - `fura`: this project with its kernels; `fura_torch`: the same without them.
 
+With `--fsdp` or `--zero` every method has weights of its own: take fewer layers. Under ZeRO there is no autocast, as in
+accelerate: what is trained is bf16 with float32 copies (FuRA stays in float32). DeepSpeed needs something to train: the
+floor stays as it is.
+
 All methods run in one process. Frozen weights are one copy in memory; a method's peak counts them and whatever else it
 needs, and leaves out other methods and the batch. Each round visits the methods in another order, with one step of
 warm-up at each visit. Table of medians, then JSON on the last line. `--tiny` runs small shapes on the CPU.
@@ -23,103 +27,23 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
-import peft
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
+from step_methods import METHODS, OWN_WEIGHTS, SHAPES, TINY, checkpoint_bytes
+from step_sharding import decoder_layers, shard, zero_engine
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 from transformers import Qwen3Config, Qwen3Model
 
-from fura_rl.adapter import FuraConfig, transform
-from fura_rl.adapter.basis import closest_block_size
-
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-SHAPES = {
-    "qwen3-1.7b": dict(
-        hidden_size=2048, intermediate_size=6144, num_attention_heads=16, num_key_value_heads=8, head_dim=128
-    ),
-    "qwen2.5-7b": dict(
-        hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_key_value_heads=4, head_dim=128
-    ),
-}
-TINY = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
-
-
-class PublishedFura(nn.Module):
-    """`y = (L diag(s)) blockdiag(R) x`, with `L` (out, in) of orthonormal columns by blocks stored in place of `W`."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        weight = linear.weight.detach()
-        b = min(closest_block_size(linear.in_features), linear.out_features)
-        blocks = weight.float().reshape(linear.out_features, -1, b).transpose(0, 1)  # (n, out, b)
-        left, sigma, right = torch.linalg.svd(blocks, full_matrices=False)
-        self.register_buffer("left", left.transpose(0, 1).reshape(weight.shape).to(weight.dtype))
-        self.s = nn.Parameter(sigma.flatten().to(weight.dtype))
-        self.core = nn.Parameter(right.to(weight.dtype).contiguous())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        n, b, _ = self.core.shape
-        x_nTb = x.reshape(-1, n, b).transpose(0, 1)
-        z = torch.bmm(x_nTb, self.core.mT).transpose(0, 1).reshape(x.shape)
-        return nn.functional.linear(z, self.left * self.s)
-
-
-def published(model: nn.Module) -> nn.Module:
-    model.requires_grad_(False)
-    for layer in model.layers:
-        for room in (layer.self_attn, layer.mlp):
-            for name, child in list(room.named_children()):
-                if name in PROJECTIONS:
-                    setattr(room, name, PublishedFura(child))
-    return model
-
-
-def with_adapter(config: peft.PeftConfig) -> Callable[[nn.Module], nn.Module]:
-    config.target_modules = PROJECTIONS
-    return lambda model: peft.get_peft_model(model, config)
-
-
-def frozen(model: nn.Module) -> nn.Module:
-    return model.requires_grad_(False)
-
-
-METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "floor": frozen,
-    "full": lambda model: model.requires_grad_(True),
-    "lora_r32": with_adapter(peft.LoraConfig(r=32, lora_alpha=64)),
-    "lora_r64": with_adapter(peft.LoraConfig(r=64, lora_alpha=128)),
-    "dora_r32": with_adapter(peft.LoraConfig(r=32, lora_alpha=64, use_dora=True)),
-    "oft": with_adapter(peft.OFTConfig()),
-    "published": published,
-    "fura": with_adapter(FuraConfig()),
-    "fura_torch": with_adapter(FuraConfig()),
-}
-OWN_WEIGHTS = {"full", "published"}  # these do without the shared frozen weights
-
-
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if type(module).__name__ == "Qwen3DecoderLayer"]
-
-
-def shard(model: nn.Module) -> None:
-    """FSDP2, a unit a decoder layer, in a group of this one process: what its bookkeeping costs, no communication."""
-    if not dist.is_initialized():
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", rank=0, world_size=1)
-    for layer in decoder_layers(model):
-        fully_shard(layer)
-    fully_shard(model)
+from fura_rl.adapter import transform
 
 
 @dataclass
@@ -131,7 +55,9 @@ class Row:
     init_seconds: float
     own_bytes: int = 0
     optimizer: torch.optim.Optimizer | None = None
+    engine: Any = None  # DeepSpeed's, around the model
     trainable: int = 0
+    checkpoint_bytes: int = 0
     step_ms: list[float] = field(default_factory=list)
     extra_bytes: int = 0  # the most that a step allocates on top of what stays
     failed: str | None = None
@@ -140,6 +66,7 @@ class Row:
 class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
+        self.sharded = args.fsdp or args.zero is not None
         self.device = torch.device("cpu" if args.tiny else "cuda")
         self.dtype = torch.bfloat16
         shape = TINY if args.tiny else SHAPES[args.shape]
@@ -164,13 +91,13 @@ class Bench:
     def build(self, name: str) -> Row:
         """The method on a model that shares the frozen weights, unless it trains or shards them."""
         before = self.allocated()
-        shared = {} if name == "full" or self.args.fsdp else {id(p): p for p in self.base.parameters()}
+        shared = {} if name == "full" or self.sharded else {id(p): p for p in self.base.parameters()}
         model = copy.deepcopy(self.base, shared)
         self.synchronize()
         start = time.perf_counter()
         model = METHODS[name](model)
         self.synchronize()
-        row = Row(name, model.train(), time.perf_counter() - start)
+        row = Row(name, model.train(), time.perf_counter() - start, checkpoint_bytes=checkpoint_bytes(model))
         if self.args.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if self.args.fsdp:
@@ -182,12 +109,19 @@ class Bench:
         row.trainable = sum(p.numel() for p in trained)
         if trained:
             row.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+            if self.args.zero:
+                row.engine = zero_engine(model, self.args.zero, row.optimizer)
         row.own_bytes = self.allocated() - before
         return row
 
     def step(self, row: Row) -> None:
         # the floor has nothing to train: its backward pass runs to the input
         inputs = self.inputs.detach().requires_grad_(row.name == "floor")
+        if row.engine is not None:
+            hidden = row.engine(inputs_embeds=inputs, use_cache=False).last_hidden_state
+            row.engine.backward((hidden * self.gradient).sum())  # it takes a loss
+            row.engine.step()
+            return
         with torch.autocast(self.device.type, self.dtype):
             hidden = row.model(inputs_embeds=inputs, use_cache=False).last_hidden_state
         hidden.backward(self.gradient)
@@ -222,7 +156,7 @@ class Bench:
             if self.device.type == "cuda":
                 row.extra_bytes = max(row.extra_bytes, torch.cuda.max_memory_allocated() - before)
         except torch.OutOfMemoryError:
-            row.failed, row.optimizer = "out of memory", None
+            row.failed, row.optimizer, row.engine = "out of memory", None, None
             row.model = nn.Module()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # the next method's sizes differ: none may fail on another's leftovers
@@ -243,7 +177,7 @@ class Bench:
     def peak_gib(self, row: Row) -> float | None:
         if self.device.type == "cpu":
             return None
-        shared = 0 if row.name in OWN_WEIGHTS or self.args.fsdp else sum(p.nbytes for p in self.base.parameters())
+        shared = 0 if row.name in OWN_WEIGHTS or self.sharded else sum(p.nbytes for p in self.base.parameters())
         return (shared + row.own_bytes + row.extra_bytes) / 2**30
 
 
@@ -261,6 +195,7 @@ def summary(bench: Bench, rows: list[Row]) -> list[dict]:
                 spread_ms=[min(row.step_ms), max(row.step_ms)] if ms else None,
                 peak_gib=peak,
                 trainable=row.trainable,
+                checkpoint_mib=row.checkpoint_bytes / 2**20,
                 init_seconds=row.init_seconds,
                 failed=row.failed,
             )
@@ -275,6 +210,7 @@ def table(results: list[dict], title: str) -> Table:
         "/ floor": ("to_floor", ".3f"),
         "peak GiB": ("peak_gib", ".2f"),
         "trainable": ("trainable", ",d"),
+        "checkpoint MiB": ("checkpoint_mib", ".1f"),
         "init s": ("init_seconds", ".2f"),
     }
     table = Table(title=title, title_justify="left")
@@ -302,7 +238,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing of each decoder layer")
     parser.add_argument("--compile", action="store_true", help="torch.compile of each decoder layer")
-    parser.add_argument("--fsdp", action="store_true", help="FSDP2 on this one device")
+    sharding = parser.add_mutually_exclusive_group()
+    sharding.add_argument("--fsdp", action="store_true", help="FSDP2 on this one device")
+    sharding.add_argument("--zero", type=int, choices=[1, 2, 3], help="DeepSpeed's ZeRO stage on this one device")
     parser.add_argument("--tiny", action="store_true", help="small shapes on the CPU")
     args = parser.parse_args()
     if args.tiny:
@@ -320,6 +258,7 @@ def main() -> None:
     title = "tiny" if args.tiny else args.shape
     title += f", {args.layers} layers, {args.tokens:,} tokens in sequences of {args.sequence:,}, {device}"
     title += ", checkpointing" * args.checkpointing + ", compiled" * args.compile + ", FSDP2" * args.fsdp
+    title += f", ZeRO-{args.zero}" if args.zero else ""
     Console(width=120).print(table(results, title))
     print(json.dumps(dict(title=title, command=shlex.join(sys.argv), date=time.strftime("%Y-%m-%d"), rows=results)))
 

@@ -38,3 +38,42 @@ def test_a_choice_of_methods_with_checkpointing():
     assert "checkpointing" in result["title"]
     assert result["rows"][0]["to_lora"] is None
     assert result["rows"][0]["to_floor"] > 0
+
+
+SHARDED_STEP = """
+import argparse, copy, sys, torch
+sys.path.insert(0, sys.argv[1])
+import train_step
+settings = dict(tiny=True, shape=None, layers=1, tokens=32, sequence=16, checkpointing=False, compile=False)
+found = {}
+for kind in ("plain", "fsdp", "zero2", "zero3"):
+    zero = int(kind[-1]) if kind.startswith("zero") else None
+    bench = train_step.Bench(argparse.Namespace(**settings, fsdp=kind == "fsdp", zero=zero))
+    row = bench.build("fura_torch")
+    assert (row.engine is not None) == kind.startswith("zero")
+    for group in (row.engine.optimizer if zero else row.optimizer).param_groups:
+        group["lr"] = 1e-2
+    bench.step(row)
+    trained = [p for p in row.model.parameters() if p.requires_grad]
+    if zero == 3:
+        import deepspeed
+        with deepspeed.zero.GatheredParameters(trained):
+            trained = [p.detach().clone() for p in trained]
+    found[kind] = torch.cat([getattr(p, "full_tensor", lambda p=p: p)().detach().flatten() for p in trained])
+assert (found["plain"] != 0).float().mean() > 0.9
+for kind, values in found.items():
+    same = torch.isclose(values, found["plain"], atol=1e-3).float().mean()
+    print(kind, float(same))
+    assert same > 0.9, kind
+print("same", len(found["plain"]))
+"""
+
+
+@pytest.mark.slow
+def test_a_sharded_step_is_the_same_step():
+    """AdamW's first step has the size of the learning rate, so what differs is the sign of gradients near zero."""
+    pytest.importorskip("deepspeed", reason="the extra 'deepspeed' is not installed")
+    command = [sys.executable, "-c", SHARDED_STEP, str(SCRIPT.parent)]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr[-3000:]
+    assert process.stdout.splitlines()[-1] == "same 2160"
