@@ -69,7 +69,7 @@ class SharedInput:
         # again: what one region computed is not handed to another, and no group is given up between the two.
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
         # what all outputs depend on, besides the values of x
-        state = source._version, source.requires_grad, x.dtype, torch.is_grad_enabled(), hooks
+        state = source._version, source.requires_grad, x.dtype, torch.is_grad_enabled(), hooks, _stream(x)
         stash, self._stash = self._stash, None
         same_source = stash is not None and stash.source is source
         if stash is not None and same_source and stash.state == state and id(layer) in stash.outputs:
@@ -160,6 +160,11 @@ def _alias_input(
     setattr(alias, TRACED, _Traced(layers))
     given = {name: alias if value is found else value for name, value in kwargs.items()}
     return tuple(alias if value is found else value for value in args), given
+
+
+def _stream(x: torch.Tensor) -> torch.cuda.Stream | None:
+    """Where work on `x` is queued now: another stream would not wait for what this one computes."""
+    return torch.cuda.current_stream(x.device) if x.is_cuda else None
 
 
 def _only_blocks(layer: FuraLayer) -> FuraBlocks | None:

@@ -203,6 +203,56 @@ def test_each_layer_checkpointed_alone(device, model):
 
 
 @kernels
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputation_shares_as_the_forward_pass_did(device, model, monkeypatch, reentrant):
+    """The same bits from as many passes. That as many tensors are saved, of the same shapes, `checkpoint` checks."""
+    mlp = model.base_model.model.model.layers[0].mlp
+    seen = []
+    shared = transform.shared_multiply
+
+    def recorded(x, adapters):
+        outputs = shared(x, adapters)
+        seen.append([x.detach(), *(y.detach() for y in outputs)])
+        return outputs
+
+    monkeypatch.setattr(transform, "shared_multiply", recorded)
+    results = []
+    for run in (mlp, lambda x: checkpoint(mlp, x, use_reentrant=reentrant)):
+        x = torch.linspace(-1, 1, 64, device=device).view(1, 2, 32).requires_grad_()
+        model.zero_grad()
+        run(x).square().sum().backward()
+        results.append([x.grad, *(p.grad for layer in (mlp.gate_proj, mlp.up_proj) for p in layer.parameters())])
+    assert len(seen) == 3  # without checkpointing, forward, again
+    for other in seen[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
+    for a, b in zip(*results, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+@kernels
+def test_nothing_is_handed_to_another_stream(device, model, passes, monkeypatch):
+    """It would not wait for the first one's kernels. On a CPU, which has none, streams are numbers."""
+    mlp = model.base_model.model.model.layers[0].mlp
+    x = torch.randn(1, 2, 32, device=device)
+    expected = mlp.up_proj(x).detach()
+    del passes[:]
+    if device == "cuda":
+        other = torch.cuda.Stream()
+        mlp.gate_proj(x)
+        other.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(other):
+            y = mlp.up_proj(x)
+        torch.cuda.current_stream().wait_stream(other)
+    else:
+        streams = iter(range(2))
+        monkeypatch.setattr(shared_input, "_stream", lambda x: next(streams))
+        mlp.gate_proj(x)
+        y = mlp.up_proj(x)
+    assert passes == [2, 2]
+    torch.testing.assert_close(y, expected)
+
+
+@kernels
 @pytest.mark.parametrize("called", [("q_proj", "k_proj"), ("q_proj", "k_proj", "v_proj"), ("q_proj",)])
 def test_layers_that_read_different_tensors_part(device, model, passes, called):
     """As in cross attention, whose keys and values may be cached: computed for nothing a few times, then no more."""
