@@ -21,17 +21,22 @@ SMALLEST_FACTOR = 2.0**-100  # some processors are told to flush what is below 2
 LARGEST_ERROR = {"float32": 2.0**-23, "bfloat16": 2.0**-15, "float16": 2.0**-18}
 
 
-def encode(new: torch.Tensor, held: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The change from `held` to `new`, (N,) in float32: int8 numbers (N,), and factors (N / GROUP, rounded up)."""
-    numbers = torch.empty(new.shape, dtype=torch.int8)
-    factors = []
+def encode(new: torch.Tensor, held: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The change from `held` to `new`, (N,) in float32.
+
+    Returns:
+        int8 numbers (N,), factors (N / GROUP, rounded up), and what `decode` makes of them (N,).
+    """
+    numbers, after, factors = torch.empty(new.shape, dtype=torch.int8), torch.empty_like(held), []
     for at in range(0, len(new), CHUNK):
         end = min(at + CHUNK, len(new))
         change = _groups(new[at:end] - held[at:end])
-        factor = change.abs().amax(1).div_(127).clamp_(min=SMALLEST_FACTOR)
-        numbers[at:end] = change.div_(factor.unsqueeze(1)).round_().view(-1)[: end - at]
-        factors.append(factor)
-    return numbers, torch.cat(factors)
+        factor = change.abs().amax(1, keepdim=True).div_(127).clamp_(min=SMALLEST_FACTOR)
+        change.div_(factor).round_().add_(0.0)  # int8 knows no -0
+        numbers[at:end] = change.view(-1)[: end - at]
+        torch.add(held[at:end], change.mul_(factor).view(-1)[: end - at], out=after[at:end])
+        factors.append(factor.view(-1))
+    return numbers, torch.cat(factors), after
 
 
 def decode(held: torch.Tensor, numbers: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:

@@ -102,14 +102,14 @@ class Adapter:
 
     def to(self, device: torch.device) -> Adapter:
         """On `device`, in float32 or more, through one copy. Samples of the base stay: they are compared on the CPU."""
-        if all(tensors["core"].device == device for tensors in self.modules.values()):
-            return self
         moved = [
             (module, key, value)
             for module, tensors in self.modules.items()
             for key, value in tensors.items()
             if key != "base_sample"
         ]
+        if all(value.device == device for _, _, value in moved):
+            return self
         dtype = torch.float32
         for _, _, value in moved:
             dtype = torch.promote_types(dtype, value.dtype)
@@ -218,10 +218,10 @@ def pack_update(adapter: Adapter, held: Adapter, largest_error: float) -> tuple[
     new, old = adapter.trained, held.trained
     header = {"base": held.checksum}
     if largest_error and new.dtype == torch.float32:
-        numbers, factors = encode(new, old)
+        numbers, factors, after = encode(new, old)
         if is_close(factors, largest_error):
             data = save({"numbers": numbers, "factors": factors}, metadata={"kind": "int8", **header})
-            return held.with_trained(decode(old, numbers, factors)), data
+            return held.with_trained(after), data
     return held.with_trained(new), save({"trained": new}, metadata={"kind": "exact", **header})
 
 
@@ -243,8 +243,9 @@ def unpack(data: bytes, held: Adapter | None = None) -> Adapter:
     if held is None or held.checksum != expected:
         raise StaleUpdateError("The update was made for another adapter than the one that was sent last.")
     adapter = held.with_trained(tensors["trained"] if "trained" in tensors else _decoded(held.trained, tensors))
-    for module, values in adapter.modules.items():
-        check_values(module, {key: value for key, value in values.items() if key in TRAINED})
+    if not all(torch.isfinite(extreme) for extreme in adapter.trained.aminmax()):
+        for module, values in adapter.modules.items():  # raises, and says where
+            check_values(module, {key: value for key, value in values.items() if key in TRAINED})
     return adapter
 
 

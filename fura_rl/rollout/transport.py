@@ -104,30 +104,37 @@ def adapter_of(model: PeftModel, gather: GatherFunction) -> Adapter:
     if not found:
         raise FuraError("vllm_transport: adapter needs a model with FuRA adapters: use vllm_transport: merged.")
     family = dict(zip(FAMILY, (blocks.side, blocks.singular_values, blocks.basis_kind), strict=True))
-    modules = {name: {**_frozen(found[name]), **_trained_shapes(found[name])} for name in sorted(found)}
-    trained = _collect([found[name] for name in sorted(found)], gather)
+    names = sorted(found)
+    shapes = [_trained_shapes(found[name]) for name in names]
+    trained = _collect([found[name] for name in names], shapes, gather)
+    parts = iter(trained.split([shape.numel() for of_module in shapes for shape in of_module.values()]))
+    modules = {
+        name: {**_frozen(found[name]), **{key: next(parts).view(shape) for key, shape in of_module.items()}}
+        for name, of_module in zip(names, shapes, strict=True)
+    }
     return Adapter(family, modules).with_trained(trained)
 
 
-def _trained_shapes(blocks: FuraBlocks) -> Tensors:
-    """Tensors without memory; ZeRO-3 remembers shapes beside its empty parameters."""
-    found = {key: getattr(blocks, key) for key in TRAINED if getattr(blocks, key) is not None}
-    return {k: torch.empty(getattr(p, "ds_shape", p.shape), dtype=p.dtype, device="meta") for k, p in found.items()}
+def _trained_shapes(blocks: FuraBlocks) -> dict[str, torch.Size]:
+    """Of what is trained. ZeRO-3 remembers shapes beside its empty parameters."""
+    found = {key: getattr(blocks, key) for key in TRAINED}
+    return {key: torch.Size(getattr(p, "ds_shape", p.shape)) for key, p in found.items() if p is not None}
 
 
-def _collect(all_blocks: list[FuraBlocks], gather: GatherFunction) -> torch.Tensor:
+def _collect(all_blocks: list[FuraBlocks], shapes: list[dict[str, torch.Size]], gather: GatherFunction) -> torch.Tensor:
     """Everything that is trained, (N,) on the CPU, in the order of `Adapter.trained`."""
-    device, shapes = all_blocks[0].core.device, [_trained_shapes(blocks) for blocks in all_blocks]
-    sizes = [shape.numel() for tensors in shapes for shape in tensors.values()]
-    dtype = max((s.dtype for tensors in shapes for s in tensors.values()), key=lambda d: torch.finfo(d).bits)
-    trained = torch.empty(sum(sizes), dtype=dtype, pin_memory=device.type == "cuda")
-    parts = iter(trained.split(sizes))
-    for blocks, tensors in zip(all_blocks, shapes, strict=True):
+    core = all_blocks[0].core
+    size = sum(shape.numel() for of_module in shapes for shape in of_module.values())
+    trained = torch.empty(size, dtype=core.dtype, pin_memory=core.is_cuda)
+    at = 0
+    for blocks, of_module in zip(all_blocks, shapes, strict=True):
         with gather(list(blocks.parameters())):
-            for key in tensors:  # copies into pinned memory need not wait for one another
-                next(parts).copy_(whole(getattr(blocks, key)).detach().reshape(-1), non_blocking=True)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+            for key, shape in of_module.items():  # copies into pinned memory need not wait for one another
+                part = trained[at : at + shape.numel()]
+                part.copy_(whole(getattr(blocks, key)).detach().reshape(-1), non_blocking=True)
+                at += shape.numel()
+    if core.is_cuda:
+        torch.cuda.synchronize(core.device)
     return trained
 
 
@@ -177,7 +184,7 @@ class AdapterVLLMClient(VLLMClient):
         phases.end("ask for the version")
         if now["version"] == self.stamp and self._held is not None and adapter.shares_frozen(self._held):
             try:
-                largest_error = LARGEST_ERROR[now["dtype"]] if self.form == "int8" else 0.0
+                largest_error = LARGEST_ERROR.get(now["dtype"], 0.0) if self.form == "int8" else 0.0
                 held, data = pack_update(adapter, self._held, largest_error)
                 phases.end("pack")
                 return self._send(held, data, phases)

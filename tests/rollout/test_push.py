@@ -38,8 +38,8 @@ def test_an_encoded_change_is_off_by_at_most_half_a_factor(size, exponent, seed)
     generator = torch.Generator().manual_seed(seed)
     held = torch.randn(size, generator=generator)
     new = held + 2.0**exponent * torch.randn(size, generator=generator)
-    numbers, factors = encode(new, held)
-    after = decode(held, numbers, factors)
+    numbers, factors, after = encode(new, held)
+    assert torch.equal(after, decode(held, numbers, factors))
     assert numbers.dtype == torch.int8 and numbers.shape == (size,) and factors.shape == (-(-size // GROUP),)
     half = factors.repeat_interleave(GROUP)[:size] / 2
     spacing = 2.0**-23 * torch.maximum(after.abs(), new.abs())  # of the difference and of the sum
@@ -50,7 +50,7 @@ def test_what_does_not_change_is_not_touched():
     held = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     new = held.clone()
     new[300] += 1e-3
-    after = decode(held, *encode(new, held))
+    _, _, after = encode(new, held)
     changed = after != held
     assert changed[300] and not changed[: 2 * GROUP].any() and not changed[3 * GROUP :].any()
 
@@ -58,7 +58,8 @@ def test_what_does_not_change_is_not_touched():
 def test_both_ends_get_the_same_bits_whatever_their_threads_and_memory():
     generator = torch.Generator().manual_seed(0)
     held = torch.randn(3 * 2**20 + 77, generator=generator)
-    numbers, factors = encode(held + 1e-4 * torch.randn(held.shape, generator=generator), held)
+    held[::7] = -0.0
+    numbers, factors, there_first = encode(held + 1e-4 * torch.randn(held.shape, generator=generator), held)
     here = decode(held, numbers, factors)
     shifted = torch.empty(len(held) + 1)[1:].copy_(held)  # no vector of the processor begins where it did
     threads = torch.get_num_threads()
@@ -66,7 +67,8 @@ def test_both_ends_get_the_same_bits_whatever_their_threads_and_memory():
     there = decode(shifted, numbers.clone(), factors.clone())
     torch.set_num_threads(threads)
     by_hand = held.numpy() + numbers.numpy().astype("float32") * factors.repeat_interleave(GROUP)[: len(held)].numpy()
-    assert torch.equal(here, there) and (here.numpy() == by_hand).all()
+    found = [tensor.view(torch.int32) for tensor in (here, there, there_first, torch.from_numpy(by_hand))]
+    assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 def test_pushes_in_a_row_do_not_add_up_errors(policy):
@@ -172,3 +174,22 @@ def test_frozen_tensors_are_read_again_when_they_change(policy):
 def test_an_unknown_form_is_refused():
     with pytest.raises(FuraError, match="vllm_push is int8 or exact, not 'int4'"):
         AdapterVLLMClient("http://127.0.0.1:1", form="int4")
+
+
+def test_an_adapter_without_a_core_is_one_sentence(policy):
+    adapter = collect(policy)
+    modules = {name: {k: v for k, v in tensors.items() if k != "core"} for name, tensors in adapter.modules.items()}
+    with pytest.raises(FuraError, match="lacks the core of model"):
+        unpack(pack(Adapter(adapter.family, modules))).to(torch.device("cpu")).multipliers(torch.device("cpu"))
+
+
+def test_another_device_gets_everything_but_the_samples(policy):
+    """The CPU's copies stay as they are; an update there has the frozen tensors of before."""
+    adapter = collect(policy)
+    there = adapter.to(torch.device("meta"))
+    for name, tensors in adapter.modules.items():
+        assert tensors.keys() == there.modules[name].keys()
+        for key, value in there.modules[name].items():
+            assert value.is_meta == (key != "base_sample") and value.shape == tensors[key].shape
+    updated = there.with_trained(adapter.trained.to("meta"))
+    assert updated.shares_frozen(there) and updated.to(torch.device("meta")) is updated
