@@ -159,7 +159,7 @@ def run(argv: list[str] | None = None, signals: StopSignals | None = None) -> di
         # TRL would try 29500 first, so of two runs that start together on a machine one would fail.
         os.environ["MASTER_PORT"] = str(free_port())
     data, training, model_arguments, adapter_arguments = parse(argv)
-    check_launch(training)
+    check_launch(training, adapter_arguments)
     output = check_output(training)
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(output / "tensorboard"))  # else ./runs until training begins
     if training.use_vllm:

@@ -10,28 +10,34 @@ from contextvars import ContextVar
 
 import torch
 import torch.distributed as dist
+from transformers.integrations import is_fsdp_enabled
 
 from .blocks import FuraBlocks
 
 
 class _Split:
-    """The blocks of one injection in the model's order, which is every rank's; their ranks take turns."""
+    """The blocks of one injection in the model's order, which is every rank's; their ranks take turns.
+
+    With accelerate's `cpu_ram_efficient_loading` transformers gives the weights to the first rank and zeros to others,
+    until FSDP spreads them: then the first does it all.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.blocks: list[FuraBlocks] = []
+        self.ranks = 1 if is_fsdp_enabled() else dist.get_world_size()
 
     def set_basis(self, blocks: FuraBlocks, weight: torch.Tensor | None) -> int:
-        turn = len(self.blocks) % dist.get_world_size()
+        turn = len(self.blocks) % self.ranks
         self.blocks.append(blocks)
         return blocks.set_basis(weight) if turn == dist.get_rank() else 0
 
     def share(self) -> None:
         for i, blocks in enumerate(self.blocks):
-            for tensor in (blocks.basis, blocks.sigma):
+            for tensor in (blocks.basis, blocks.sigma, blocks.base_sample):
                 if tensor is not None:
                     sent = tensor.to(self.device)
-                    dist.broadcast(sent, src=i % dist.get_world_size())
+                    dist.broadcast(sent, src=i % self.ranks)
                     tensor.copy_(sent)
         self.blocks.clear()
 

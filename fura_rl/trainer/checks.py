@@ -18,6 +18,7 @@ import torch
 import yaml
 from datasets import Dataset
 from packaging.version import Version
+from transformers.integrations import is_fsdp_enabled
 
 from fura_rl.errors import FuraError
 from fura_rl.eval import PRESETS
@@ -100,8 +101,13 @@ def check_contradictions(training: FuraGRPOConfig) -> None:
             raise FuraError(f"No benchmark gives metric_for_best_model={best}{nearest(best, names) or '.'}")
 
 
-def check_launch(training: FuraGRPOConfig) -> None:
-    """Raises FuraError for an engine that the started processes, or this machine, cannot have."""
+def check_launch(training: FuraGRPOConfig, adapter: AdapterArguments) -> None:
+    """Raises FuraError for what the started processes, or this machine, cannot do."""
+    if is_fsdp_enabled() and adapter.method in ("fura", "svd"):
+        raise FuraError(
+            "fsdp_cpu_ram_efficient_loading does not carry FuRA's bases to other ranks: set it to false in the "
+            "accelerate configuration."
+        )
     colocated = training.use_vllm and training.vllm_mode == "colocate"
     if colocated and training.world_size % training.vllm_tensor_parallel_size:
         raise FuraError(
