@@ -364,6 +364,19 @@ def test_nothing_is_left_after_a_call(device, net, counting):
 
 
 @kernels
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_gradients_are_handed_over(device, net, backend):
+    """Those of a group lie in one tensor, as its kernel wrote them: autograd copies none of them."""
+    function = net if backend is None else torch.compile(net, backend=backend, fullgraph=True)
+    results(function, net, random_input(device))
+    mlp = net.base_model.model.mlp
+    gate, up = (layer.fura_blocks["default"] for layer in (mlp.gate_proj, mlp.up_proj))
+    for one, other in ((gate.core, up.core), (gate.scale, up.scale)):
+        assert one.grad.untyped_storage().data_ptr() == other.grad.untyped_storage().data_ptr()
+        assert one.grad.untyped_storage().nbytes() == 2 * one.grad.nbytes
+
+
+@kernels
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_parent_checkpointed_on_its_own(device, net, counting, reentrant):
     """Its input comes from outside the region, where no attribute can be left: the alias is made inside."""
