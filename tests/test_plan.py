@@ -1,6 +1,10 @@
 """`fura-rl plan` and the check before a run: what fits, what does not, and what is said then."""
 
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -182,3 +186,17 @@ def test_the_strategy_of_a_launch(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert strategy_of(parse(common)[1]) == Strategy(fsdp=True)
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.slow
+def test_a_deepspeed_option_of_the_recipe_counts(tiny_model, tmp_path):
+    """In a process of its own: DeepSpeed's settings stay with a process. ZeRO-3 would also split what is counted."""
+    pytest.importorskip("deepspeed", reason="the extra 'deepspeed' is not installed")
+    common = options(tiny_model, tmp_path, use_vllm=False)
+    recipe = Path(__file__).parents[1] / "configs" / "deepspeed" / "zero3.json"
+    command = [sys.executable, "-m", "fura_rl.cli", "plan", "--gpus", "2", *common, "--deepspeed", str(recipe)]
+    process = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert process.returncode == 0, process.stderr[-2000:]
+    named, said = CliRunner().invoke(app, ["plan", "--gpus", "2", "--strategy", "zero3", *common]), process.stdout
+    assert "gathered layers" in said and "weights, gathered for the sync" in said
+    assert said.splitlines()[-5:] == named.output.splitlines()[-5:]
