@@ -21,7 +21,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
+import math
 import shlex
 import sys
 import time
@@ -42,10 +44,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_constant_sched
 from fura_rl.eval.statistics import t_interval
 from fura_rl.trainer.arguments import AdapterArguments
 from fura_rl.trainer.methods import adapter_config
+from fura_rl.trainer.report_page import read_lines
 from fura_rl.trainer.sweep_results import chosen_on_others
 
 ADAPTERS = [5e-4, 1e-3, 2e-3, 4e-3]
 RATES = {"full": [3e-5, 1e-4, 3e-4, 1e-3], "svd": [1e-4, 2.5e-4, 5e-4, 1e-3]}
+SWITCHES = {"true": True, "false": False}
 METHODS = ["fura", "lora", "full", "fura:basis=identity", "fura:basis=random", "dora", "pissa", "oft", "svd"]
 Example = tuple[list[int], int]  # token ids, and where those begin that the loss is taken on
 
@@ -56,7 +60,7 @@ def with_method(base: nn.Module, spec: str) -> nn.Module:
     changes: dict[str, Any] = {}
     for option in filter(None, options.split(",")):
         key, _, value = option.partition("=")
-        changes[key] = int(value) if value.isdigit() and key != "block_size" else value
+        changes[key] = int(value) if value.isdigit() and key != "block_size" else SWITCHES.get(value, value)
     config = adapter_config(replace(AdapterArguments(method=name), **changes))
     model = copy.deepcopy(base)
     return model if config is None else get_peft_model(model, config)
@@ -123,8 +127,10 @@ def summarise(rows: list[dict]) -> list[dict]:
         of_rate = {
             f"{rate:g}": [row for row in own if row["rate"] == rate] for rate in sorted({r["rate"] for r in own})
         }
-        best = min(of_rate, key=lambda rate: fmean(row["loss"] for row in of_rate[rate]))
-        chosen = chosen_on_others({rate: {row["seed"]: -row["loss"] for row in runs} for rate, runs in of_rate.items()})
+        best = min(of_rate, key=lambda rate: (-len(of_rate[rate]), finite(fmean(row["loss"] for row in of_rate[rate]))))
+        chosen = chosen_on_others(
+            {rate: {row["seed"]: -finite(row["loss"]) for row in runs} for rate, runs in of_rate.items()}
+        )
         summary.append({
             "method": method, "trainable": own[0]["trainable"], "rate": best, "seeds": len(of_rate[best]),
             "loss": mean([row["loss"] for row in of_rate[best]]),
@@ -135,6 +141,11 @@ def summarise(rows: list[dict]) -> list[dict]:
                       for rate, runs in of_rate.items()},
         })  # fmt: skip
     return sorted(summary, key=lambda row: row["loss"][0])
+
+
+def finite(loss: float) -> float:
+    """For comparisons: a run that broke is the worst."""
+    return math.inf if math.isnan(loss) else loss
 
 
 def mean(values: list[float]) -> list[float]:
@@ -184,16 +195,9 @@ def main() -> None:
         "test": read(args.test, tokenizer, args.held_out, args.limit),
         "unrelated": [example for file in unrelated for example in file[: args.held_out // len(unrelated)]],
     }
-    done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
-    setting = [
-        args.steps,
-        args.batch,
-        args.warmup,
-        args.limit,
-        args.held_out,
-        len(data["train"]),
-        Path(args.model).name,
-    ]
+    digest = hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]
+    setting = [args.model, device, args.steps, args.batch, args.warmup, digest]
+    done = read_lines(args.out)
     rows = [row for row in done if row["setting"] == setting]
     made = {(row["method"], row["rate"], row["seed"]) for row in rows}
     for seed in args.seeds:

@@ -39,6 +39,7 @@ GIB = 2**30
 CONTEXT_BYTES = 1.0 * GIB  # CUDA context and the allocator's slack
 MARGIN = 0.15  # a run is refused beyond it: the plan was within 12% of every measured peak
 LARGEST_BATCH = 4096
+OPTIMISERS = ("adamw_torch", "adamw_torch_fused")
 SIZING_OPTIONS = ("kv_cache_memory_bytes", "cpu_offload_gb", "quantization")  # of an engine: not planned for
 
 
@@ -101,7 +102,13 @@ class Run:
     def parts(
         self, batch: int | None = None, checkpointing: bool | None = None
     ) -> tuple[dict[str, float], dict[str, float]]:
-        """Bytes of one GPU by part, while training and while generating; as the options say, or as given."""
+        """Bytes of one GPU by part, while training and while generating; as the options say, or as given.
+
+        Raises:
+            FuraError: The optimiser or the engine is not planned for.
+        """
+        if self.training.optim not in OPTIMISERS:
+            raise FuraError(f"plan does not know optim={str(self.training.optim)!r}, only {' and '.join(OPTIMISERS)}.")
         sizes, training, method = self.sizes, self.training, self.adapter.method
         batch = batch or training.per_device_train_batch_size
         checkpointing = training.gradient_checkpointing if checkpointing is None else checkpointing
@@ -192,18 +199,24 @@ def misfit(run: Run, margin: float = 0.0) -> str | None:
     phase, parts = max(phases.items(), key=lambda item: sum(item[1].values()))
     part = max(parts, key=lambda name: parts[name])
     return (
-        f"This does not fit into {run.memory / GIB:.4g} GiB: {phase} needs {peak / GIB:.1f}, most of it for {part} "
-        f"({parts[part] / GIB:.1f}): {advice(run, part)}."
+        f"This does not fit into {run.memory / GIB:.4g} GiB: with completions of full length, {phase} needs "
+        f"{peak / GIB:.1f}, most of it for {part} ({parts[part] / GIB:.1f}): {advice(run, part)}."
     )
 
 
 def strategy_of(training: FuraGRPOConfig) -> Strategy:
-    """How this process's launcher and options spread the run."""
+    """How this process's launcher and options spread the run.
+
+    Raises:
+        FuraError: In a way that is not planned for.
+    """
     plugin = training.deepspeed_plugin
     if plugin is not None:
         zero = plugin.deepspeed_config.get("zero_optimization", {})
         offloads = [zero.get(f"offload_{what}") or {} for what in ("optimizer", "param")]
         return Strategy(plugin.zero_stage, offload=any(o.get("device") not in (None, "none") for o in offloads))
+    if os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
+        raise FuraError("plan does not know FSDP with parameters in main memory.")
     return Strategy(fsdp=bool(training.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true")
 
 
@@ -212,8 +225,8 @@ def check_memory(
 ) -> None:
     """Refuses a run that cannot fit its GPU, before anything is loaded. What is not planned for is not refused.
 
-    Counted with empty prompts, and a run is refused only beyond `MARGIN`. Nothing happens without a GPU, or with
-    `check_memory: false`.
+    Counted with empty prompts and completions of full length, which any batch may have; refused only beyond `MARGIN`.
+    Nothing happens without a GPU, or with `check_memory: false`.
 
     Args:
         memory: Of the GPU in bytes; what CUDA says if None.

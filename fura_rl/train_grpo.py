@@ -155,7 +155,7 @@ def run(argv: list[str] | None = None, signals: StopSignals | None = None) -> di
         signals: Ends training early, with a checkpoint.
     """
     started = time.time()
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
         # TRL would try 29500 first, so of two runs that start together on a machine one would fail.
         os.environ["MASTER_PORT"] = str(free_port())
     data, training, model_arguments, adapter_arguments = parse(argv)

@@ -157,10 +157,15 @@ def replace_option(training, **changes):
     return training
 
 
-def test_what_is_not_planned_for_is_not_refused(tiny_model, tmp_path):
-    for changes in ({"method": "dora"}, {"vllm_engine_kwargs": '{"quantization": "fp8"}'}):
+def test_what_is_not_planned_for_is_not_refused(tiny_model, tmp_path, monkeypatch):
+    engine = {"vllm_engine_kwargs": '{"quantization": "fp8"}'}
+    for changes in ({"method": "dora"}, engine, {"method": "full", "optim": "adafactor"}):
         _, training, model, adapter = parse(options(tiny_model, tmp_path, **changes))
         check_memory(training, model, adapter, memory=0.1 * GIB)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    check_memory(*parse(options(tiny_model, tmp_path))[1:], memory=0.1 * GIB)
+    monkeypatch.undo()
     _, training, model, adapter = parse(options("/no/such/model", tmp_path))
     check_memory(training, model, adapter, memory=0.1 * GIB)
     _, training, model, adapter = parse(options(tiny_model, tmp_path))
@@ -176,7 +181,9 @@ def test_training_asks_before_it_loads_anything(tiny_model, tiny_problems, tmp_p
     monkeypatch.setattr("fura_rl.train_grpo.check_memory", lambda *groups: real(*groups, memory=1.2 * GIB))
     assert main(words) == 2
     said = capsys.readouterr().err
-    assert "does not fit into 1.2 GiB: training needs" in said and said.count("\n") == 1
+    assert (
+        "does not fit into 1.2 GiB: with completions of full length, training needs" in said and said.count("\n") == 1
+    )
     assert not (tmp_path / "run").exists()
 
 

@@ -110,9 +110,13 @@ def _scores(
         if not file.is_file():
             continue
         rows = json.loads(file.read_text(encoding="utf-8"))[: arguments.test_limit]
-        own = rows[state.process_index :: state.num_processes]
+        # Ranks that hold a part of the model generate in step, so each gets as many questions: the last ones twice.
+        share = -(-len(rows) // state.num_processes)
+        numbers = [min(i, len(rows) - 1) for i in range(state.process_index * share, (state.process_index + 1) * share)]
+        own = [rows[i] for i in numbers]
         texts = answer(model, tokenizer, [render(row) for row in own], arguments.test_batch)
-        outcomes = gather_object([(extract(task, text), row["answer"]) for text, row in zip(texts, own, strict=True)])
+        answers = [(extract(task, text), row["answer"]) for text, row in zip(texts, own, strict=True)]
+        outcomes = gather_object(answers)[: len(rows)]
         right = sum(prediction == gold for prediction, gold in outcomes)
         low, high = wilson(right, len(rows))
         scores[task] = {

@@ -60,7 +60,7 @@ class SharedInput:
         """
         if torch.compiler.is_compiling():
             traced = getattr(source, TRACED, None)
-            return None if traced is None else traced.multiply(layer, x)
+            return None if traced is None else traced.multiply(layer, x, source)
         if not transform.have_kernels(x):
             return None
         if torch.is_inference_mode_enabled() or source.is_inference():  # no version to see changes by
@@ -115,10 +115,11 @@ class _Traced:
         self.all_blocks: list[FuraBlocks] = []
         self.outputs: tuple[torch.Tensor, ...] = ()  # none before the first layer is called
 
-    def multiply(self, layer: FuraLayer, x: torch.Tensor) -> torch.Tensor | None:
+    def multiply(self, layer: FuraLayer, x: torch.Tensor, source: torch.Tensor) -> torch.Tensor | None:
         """As that of `SharedInput`."""
-        # Saved for a gradient, the input cannot change between two layers. Without one, it could, and go unseen.
-        if not torch.is_grad_enabled():
+        # Saved for a gradient, the input cannot change between two layers without an error. What is not saved could,
+        # and go unseen: any input without gradients, and one that autocast has made a copy of.
+        if not torch.is_grad_enabled() or x.dtype != source.dtype:
             return None
         if not self.outputs:
             found = [_only_blocks(one) for one in self.layers]

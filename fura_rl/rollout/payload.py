@@ -235,29 +235,33 @@ def unpack(data: bytes, held: Adapter | None = None) -> Adapter:
     try:
         tensors = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-        kind, expected = header["kind"], header["family" if header["kind"] == "full" else "base"]
+        family = json.loads(header["family"]) if header["kind"] == "full" else None
+        base = None if family is not None else header["base"]
     except (SafetensorError, KeyError, ValueError) as error:
         raise FuraError(f"These bytes are no adapter that fura-rl has packed ({error}).") from error
-    if kind == "full":
-        return _unpack_full(tensors, json.loads(expected))
-    if held is None or held.checksum != expected:
+    if base is None:
+        return _unpack_full(tensors, family)
+    if held is None or held.checksum != base:
         raise StaleUpdateError("The update was made for another adapter than the one that was sent last.")
-    adapter = held.with_trained(tensors["trained"] if "trained" in tensors else _decoded(held.trained, tensors))
+    adapter = held.with_trained(_trained(held.trained, tensors))
     if not all(torch.isfinite(extreme) for extreme in adapter.trained.aminmax()):
         for module, values in adapter.modules.items():  # raises, and says where
             check_values(module, {key: value for key, value in values.items() if key in TRAINED})
     return adapter
 
 
-def _decoded(held: torch.Tensor, tensors: Tensors) -> torch.Tensor:
-    numbers, factors = tensors.get("numbers"), tensors.get("factors")
-    if numbers is None or factors is None or numbers.shape != held.shape or len(factors) != -(-len(held) // GROUP):
+def _trained(held: torch.Tensor, tensors: Tensors) -> torch.Tensor:
+    groups = (-(-len(held) // GROUP),)
+    found = {key: (value.dtype, tuple(value.shape)) for key, value in tensors.items()}
+    if found == {"trained": (held.dtype, tuple(held.shape))}:
+        return tensors["trained"]
+    if found != {"numbers": (torch.int8, tuple(held.shape)), "factors": (torch.float32, groups)}:
         raise FuraError("The update belongs to another adapter than the one sent before.")
-    return decode(held, numbers, factors)
+    return decode(held, tensors["numbers"], tensors["factors"])
 
 
-def _unpack_full(tensors: Tensors, family: dict[str, Any]) -> Adapter:
-    if set(family) != set(FAMILY):
+def _unpack_full(tensors: Tensors, family: Any) -> Adapter:
+    if not isinstance(family, dict) or set(family) != set(FAMILY):
         raise FuraError("These bytes are no adapter that this version of fura-rl has packed.")
     modules: dict[str, Tensors] = {}
     for name, value in tensors.items():

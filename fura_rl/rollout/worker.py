@@ -91,9 +91,9 @@ class _State:
             checksum = beside.submit(lambda: "" if adapter is None else adapter.checksum)
             self.prepared = self.engine.prepare(there)
             phases.end("fit and D")
-            reply = {"checksum": checksum.result(), "layers": len(self.prepared.multipliers), "seconds": phases}
+            reply = {"checksum": checksum.result(), "layers": len(self.prepared.multipliers)}
         phases.end("checksum")
-        return reply
+        return {**reply, "seconds": dict(phases)}  # of plain types: vLLM may be told to send classes by name
 
     def prepare_saved(self, path: str | None) -> Reply:
         phases = Phases()

@@ -36,8 +36,8 @@ def summarise(runs: Sequence[SweepRun]) -> list[dict[str, Any]]:
     that of their mean; `chosen` the accuracy of each seed with the setting that was best on the others; `good_rates`
     the lowest and the highest of the learning rates around the best one that lose at most `NEAR`, and whether the last
     tried is among them; `spectra` means over layers and seeds of FuRA's diagnostics; and `against` compares `chosen`
-    with that of the sweep's first method, on seeds that both have: mean difference, its interval, and how often it is
-    positive.
+    with that of the sweep's first method, or both at their best where one has a single seed, on seeds that both have:
+    mean difference, its interval, and how often it is positive.
     """
     final: dict[str, Scores] = defaultdict(lambda: defaultdict(dict))
     for run in runs:
@@ -48,7 +48,7 @@ def summarise(runs: Sequence[SweepRun]) -> list[dict[str, Any]]:
     rows = []
     for method, settings in final.items():
         means = {setting: fmean(seeds.values()) for setting, seeds in settings.items()}
-        setting = max(settings, key=lambda name: (len(settings[name]), means[name]))
+        setting = max(most_seeds(settings), key=means.__getitem__)
         its_runs = [run for run in runs if run.method == method and run.setting == setting and run.curve()]
         seeds = dict(sorted(settings[setting].items()))
         row: dict[str, Any] = {
@@ -62,11 +62,14 @@ def summarise(runs: Sequence[SweepRun]) -> list[dict[str, Any]]:
             "chosen_interval": _interval(list(chosen[method].values())),
             "median_over_settings": median(means.values()),
             "settings": means,
-            "good_rates": good_rates([run for run in runs if run.method == method], means),
+            "good_rates": good_rates([run for run in runs if run.method == method], most_seeds(settings)),
             "spectra": mean_spectra([run.folder for run in its_runs]),
         }
         if method != reference and reference in final:
-            row["against"] = compare(chosen[method] or seeds, chosen[reference] or _best(final[reference]), reference)
+            # like with like: both as other seeds chose, or, where one has a single seed, both at their best
+            both = chosen[method] and chosen[reference]
+            ours, theirs = (chosen[method], chosen[reference]) if both else (seeds, _best(final[reference]))
+            row["against"] = compare(ours, theirs, reference)
         rows.append(row)
     return sorted(rows, key=lambda row: -row["accuracy"])
 
@@ -84,6 +87,12 @@ def chosen_on_others(settings: Scores) -> dict[int, float]:
         if others:
             result[seed] = settings[max(others, key=others.__getitem__)][seed]
     return result
+
+
+def most_seeds(settings: Scores) -> dict[str, float]:
+    """Setting -> mean, of the settings with the most seeds: others' means are not of the same seeds."""
+    most = max(map(len, settings.values()))
+    return {setting: fmean(seeds.values()) for setting, seeds in settings.items() if len(seeds) == most}
 
 
 def _best(settings: Scores) -> dict[int, float]:

@@ -1,11 +1,13 @@
 """What travels to a server, without one: bytes, bits and what an update may change."""
 
+import json
 from contextlib import nullcontext
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save
 from syncs import make_policy
 
 from fura_rl.errors import FuraError
@@ -118,6 +120,28 @@ def test_what_is_not_finite_goes_exactly_and_is_refused(policy):
             unpack(data, held)
     assert is_close(torch.tensor([1e-9, 1.9]), 1.0)
     assert not any(is_close(torch.tensor([1e-9, factor]), 1.0) for factor in (2.1, float("nan"), float("inf")))
+
+
+def test_bytes_of_another_make_are_one_sentence(policy):
+    """Whatever a client sends: an exception of another kind could end an engine with several ranks."""
+    held = collect(policy)
+    numbers, factors, _ = encode(held.trained, held.trained)
+    base = {"base": held.checksum}
+    for tensors, header in (
+        ({}, {"kind": "full", "family": "no JSON"}),
+        ({}, {"kind": "full", "family": "3"}),
+        ({}, {"kind": "full", "family": json.dumps({"side": "input"})}),
+        ({}, {"kind": "int8", **base}),
+        ({"numbers": numbers, "factors": factors[:, None]}, {"kind": "int8", **base}),
+        ({"numbers": numbers, "factors": factors[0]}, {"kind": "int8", **base}),
+        ({"numbers": numbers.short(), "factors": factors}, {"kind": "int8", **base}),
+        ({"trained": held.trained.half()}, {"kind": "exact", **base}),
+        ({"trained": held.trained[1:]}, {"kind": "exact", **base}),
+        ({"trained": held.trained}, {"kind": "exact"}),
+    ):
+        tensors = {key: value.contiguous() for key, value in tensors.items()} or {"trained": torch.zeros(1)}
+        with pytest.raises(FuraError, match=r"packed|another adapter than the one sent before"):
+            unpack(save(tensors, metadata=header), held)
 
 
 def test_an_update_of_another_adapter_is_stale(policy):

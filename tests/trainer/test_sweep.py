@@ -1,6 +1,8 @@
 """Sweeps: which runs they are made of, what is made again, and the table."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -122,3 +124,17 @@ def test_runs_that_start_together_take_other_ports():
 
     ports = {free_port() for _ in range(8)}
     assert len(ports) > 1 and 29500 not in ports
+
+
+@pytest.mark.slow
+def test_one_process_of_torchrun_meets_its_agent(tmp_path):
+    """The launcher's port is where the process has to go: with one of its own it would wait for ever."""
+    code = tmp_path / "job.py"
+    code.write_text(
+        "import os, torch.distributed as dist\nfrom fura_rl import train_grpo\n"
+        "port = os.environ['MASTER_PORT']\ntrain_grpo.main(['--config', 'nothing.yaml'])\n"
+        "assert os.environ['MASTER_PORT'] == port\ndist.init_process_group('gloo')\nprint('met')\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1", "--standalone", str(code)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.endswith("met\n"), done.stderr[-2000:]

@@ -79,6 +79,19 @@ def test_methods_are_compared_seed_by_seed_on_what_others_chose(sweep):
     assert "+0.133 [-0.010, +0.277], better on 3 of 3" in sweep_table(list(rows.values()))
 
 
+def test_an_unfinished_method_is_compared_like_with_like(sweep):
+    """LoRA has one seed, so no setting that other seeds chose: both are taken at their best."""
+    runs = sweep({"fura": {1e-3: [0.7, 0.5], 2e-3: [0.6, 0.65]}, "lora": {1e-3: [0.65, None], 2e-3: [0.6, None]}})
+    rows = by_method(summarise(runs))
+    assert rows["fura"]["setting"] == "learning_rate=0.002"
+    assert rows["lora"]["against"]["difference"] == pytest.approx(0.65 - 0.6)
+
+
+def test_rates_with_fewer_seeds_are_not_in_the_range_of_good_ones(sweep):
+    runs = sweep({"fura": {1e-3: [0.70, 0.70], 2e-3: [0.69, 0.69], 4e-3: [0.95, None]}})
+    assert summarise(runs)[0]["good_rates"] == {"low": 1e-3, "high": 2e-3, "to_the_edge": True}
+
+
 @pytest.mark.parametrize(
     ("finals", "low", "high", "edge"),
     [
