@@ -113,7 +113,7 @@ def test_falls_back_to_transformers_where_vllm_cannot_be_imported(tiny_model, su
 
     done = launch()
     assert done.returncode == 0, done.stderr
-    assert "vLLM cannot be used (ImportError: libcuda.so.1: cannot open.): transformers generates" in done.stderr
+    assert "vLLM cannot be used (ImportError: libcuda.so.1: cannot open): transformers generates" in done.stderr
     assert results(tmp_path / "out")["engine"]["engine"] == "transformers"
     done = launch("--engine", "vllm")
     assert done.returncode == 2 and "vLLM cannot be used on this machine" in done.stderr
