@@ -33,13 +33,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import solutions
 import torch
 from peft import get_peft_model
-from quantized_loss import batch_of, read
 from rich.console import Console
 from rich.table import Table
+from solutions import Example, held_out_loss, read
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_constant_schedule_with_warmup
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fura_rl.eval.statistics import t_interval
 from fura_rl.trainer.arguments import AdapterArguments
@@ -51,7 +52,6 @@ ADAPTERS = [5e-4, 1e-3, 2e-3, 4e-3]
 RATES = {"full": [3e-5, 1e-4, 3e-4, 1e-3], "svd": [1e-4, 2.5e-4, 5e-4, 1e-3]}
 SWITCHES = {"true": True, "false": False}
 METHODS = ["fura", "lora", "full", "fura:basis=identity", "fura:basis=random", "dora", "pissa", "oft", "svd"]
-Example = tuple[list[int], int]  # token ids, and where those begin that the loss is taken on
 
 
 def with_method(base: nn.Module, spec: str) -> nn.Module:
@@ -74,46 +74,25 @@ def read_unrelated(path: Path, tokenizer: Any, limit: int) -> list[Example]:
     return [(ids[start : start + limit], 1) for start in range(0, len(ids) - 1, limit)]
 
 
-@torch.no_grad()
-def loss_of(model: nn.Module, examples: list[Example], batch: int) -> float:
-    """Mean loss of a token, in float32."""
-    model.eval()
-    total = count = 0.0
-    for start in range(0, len(examples), batch):
-        tensors = batch_of(examples[start : start + batch], next(model.parameters()).device)
-        tokens = float((tensors["labels"][:, 1:] != -100).sum())
-        total += float(model(**tensors).loss) * tokens
-        count += tokens
-    model.train()
-    return total / count
-
-
 def fine_tune(base: nn.Module, spec: str, rate: float, seed: int, data: dict, args: argparse.Namespace) -> dict:
     torch.manual_seed(seed)
     model = with_method(base, spec).train()
-    device = next(model.parameters()).device
-    before = {name: loss_of(model, data[name], args.batch) for name in ("test", "unrelated")}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
-    schedule = get_constant_schedule_with_warmup(optimizer, args.warmup)
-    train = data["train"]
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
-    started = time.perf_counter()
-    for step in range(args.steps):
-        rows = [train[order[(step * args.batch + i) % len(train)]] for i in range(args.batch)]
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = model(**batch_of(rows, device)).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+    on_gpu = next(model.parameters()).is_cuda
+
+    def losses() -> list[float]:
+        return [held_out_loss(model, data[name], args.batch, autocast=False) for name in ("test", "unrelated")]
+
+    before, started = losses(), time.perf_counter()
+    solutions.fine_tune(
+        model, data["train"], lambda step: rate if step >= args.warmup else rate * step / args.warmup,
+        steps=args.steps, batch=args.batch, seed=seed, autocast=on_gpu,
+    )  # fmt: skip
     seconds = time.perf_counter() - started
-    after = {name: loss_of(model, data[name], args.batch) for name in ("test", "unrelated")}
+    after = losses()
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return dict(
-        method=spec, rate=rate, seed=seed, trainable=sum(p.numel() for p in trained), seconds=seconds,
-        before=before["test"], loss=after["test"], learned=before["test"] - after["test"],
-        forgotten=after["unrelated"] - before["unrelated"],
+        method=spec, rate=rate, seed=seed, trainable=trainable, seconds=seconds,
+        before=before[0], loss=after[0], learned=before[0] - after[0], forgotten=after[1] - before[1],
     )  # fmt: skip
 
 

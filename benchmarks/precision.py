@@ -26,11 +26,12 @@ import sys
 import time
 from pathlib import Path
 
+import solutions
 import step_methods
 import torch
-from quantized_loss import batch_of, held_out_loss, read
 from rich.console import Console
 from rich.table import Table
+from solutions import held_out_loss, read
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -73,28 +74,17 @@ def dense(model: nn.Module) -> list[torch.Tensor]:
 
 def fine_tune(base: nn.Module, form: str, rate: float, data: tuple, args: argparse.Namespace) -> dict:
     train, test = data
-    device = torch.device("cpu")
     torch.manual_seed(args.seed)
     model, cores = build(base, form)
     model.train()
     cores_before, before = [core.detach().clone() for core in cores], dense(model)
-    start = held_out_loss(model, test, args, device)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(args.seed)).tolist()
-    for step in range(args.steps):
-        rows = [train[order[(step * args.batch + i) % len(train)]] for i in range(args.batch)]
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(**batch_of(rows, device)).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+    start = held_out_loss(model, test, args.batch)
+    solutions.fine_tune(model, train, lambda step: rate, steps=args.steps, batch=args.batch, seed=args.seed)
     moved = sum(int((core != old).sum()) for core, old in zip(cores, cores_before, strict=True))
     update = statistics.fmean(
         float((new - old).norm() / old.norm()) for new, old in zip(dense(model), before, strict=True)
     )
-    end = held_out_loss(model, test, args, device)
+    end = held_out_loss(model, test, args.batch)
     share = moved / sum(core.numel() for core in cores)
     result = dict(form=form, rate=rate, moved=share, update=update, start=start, end=end)
     print(json.dumps(result), file=sys.stderr, flush=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -24,16 +23,11 @@ from peft import PeftModel
 from fura_rl.rollout.engine import FuraVLLMGeneration
 from fura_rl.rollout.probe import score_on_server
 from fura_rl.rollout.transport import AdapterVLLMClient, adapter_of
+from fura_rl.train_grpo import free_port
 
 # what belongs to this process alone, whose engine shares it
 OWN = ("VLLM_ENABLE_V1_MULTIPROCESSING", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PATIENCE_S = 120.0
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def medians(rows: list[dict[str, float]]) -> dict[str, float]:

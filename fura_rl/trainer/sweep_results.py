@@ -40,16 +40,18 @@ def summarise(runs: Sequence[SweepRun]) -> list[dict[str, Any]]:
     mean difference, its interval, and how often it is positive.
     """
     final: dict[str, Scores] = defaultdict(lambda: defaultdict(dict))
+    done = []
     for run in runs:
         if curve := run.curve():
             final[run.method][run.setting][run.seed] = curve[-1][1]
+            done.append(run)
     chosen = {method: chosen_on_others(settings) for method, settings in final.items()}
     reference = runs[0].method
     rows = []
     for method, settings in final.items():
         means = {setting: fmean(seeds.values()) for setting, seeds in settings.items()}
-        setting = max(most_seeds(settings), key=means.__getitem__)
-        its_runs = [run for run in runs if run.method == method and run.setting == setting and run.curve()]
+        setting = best_setting(settings)
+        its_runs = [run for run in done if run.method == method and run.setting == setting]
         seeds = dict(sorted(settings[setting].items()))
         row: dict[str, Any] = {
             "method": method,
@@ -67,9 +69,11 @@ def summarise(runs: Sequence[SweepRun]) -> list[dict[str, Any]]:
         }
         if method != reference and reference in final:
             # like with like: both as other seeds chose, or, where one has a single seed, both at their best
-            both = chosen[method] and chosen[reference]
-            ours, theirs = (chosen[method], chosen[reference]) if both else (seeds, _best(final[reference]))
-            row["against"] = compare(ours, theirs, reference)
+            if chosen[method] and chosen[reference]:
+                row["against"] = compare(chosen[method], chosen[reference], reference)
+            else:
+                theirs = final[reference]
+                row["against"] = compare(seeds, theirs[best_setting(theirs)], reference)
         rows.append(row)
     return sorted(rows, key=lambda row: -row["accuracy"])
 
@@ -95,8 +99,10 @@ def most_seeds(settings: Scores) -> dict[str, float]:
     return {setting: fmean(seeds.values()) for setting, seeds in settings.items() if len(seeds) == most}
 
 
-def _best(settings: Scores) -> dict[int, float]:
-    return max(settings.values(), key=lambda by_seed: (len(by_seed), fmean(by_seed.values())))
+def best_setting(settings: Scores) -> str:
+    """The best by mean, of those with the most seeds."""
+    means = most_seeds(settings)
+    return max(means, key=means.__getitem__)
 
 
 def compare(ours: dict[int, float], theirs: dict[int, float], reference: str) -> dict[str, Any] | None:
