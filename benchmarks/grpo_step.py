@@ -60,7 +60,7 @@ def recipe(args: argparse.Namespace, folder: Path) -> dict[str, object]:
 
 
 def measure(method: str, args: argparse.Namespace) -> list[dict[str, float]]:
-    """Seconds by phase, and tokens, of each step after the warm-up."""
+    """A run with the method, as `phases_of_steps` reads it."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / method
         config = Path(scratch) / "recipe.yaml"
@@ -69,7 +69,12 @@ def measure(method: str, args: argparse.Namespace) -> list[dict[str, float]]:
         command += ["--method", method, "--output_dir", str(folder)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"} if args.tiny else dict(os.environ)
         subprocess.run(command, check=True, stdout=sys.stderr, env=environment)
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return phases_of_steps(folder / "metrics.jsonl")
+
+
+def phases_of_steps(metrics: Path) -> list[dict[str, float]]:
+    """Seconds by phase, and tokens, of each step after the warm-up, from a run's metrics.jsonl."""
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     steps = [line for line in lines if "step_time" in line]
     measured = []
     for before, line in zip(steps[WARM_UP - 1 :], steps[WARM_UP:], strict=False):
