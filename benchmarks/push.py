@@ -110,7 +110,7 @@ def measure_gap(
     from fura_rl.rollout.transport import adapter_of
 
     tokenizer = AutoTokenizer.from_pretrained(path)
-    lines = [json.loads(line) for line in texts.read_text().splitlines()[:52]]
+    lines = [json.loads(line) for line in texts.read_bytes().splitlines()[:52]]
     tokens = [tokenizer(" ".join(map(str, line.values()))).input_ids for line in lines]
     ids = torch.stack([torch.tensor((row * 64)[:64]) for row in tokens])
     base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)

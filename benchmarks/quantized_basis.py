@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path)
     parser.add_argument("--lines", type=int, default=32)
     args = parser.parse_args()
-    rows = [json.loads(line) for line in args.text.read_text().splitlines()[: args.lines]] if args.text else []
+    rows = [json.loads(line) for line in args.text.read_bytes().splitlines()[: args.lines]] if args.text else []
     texts = [f"{row['problem']}\n{row['solution']}" for row in rows]
     results = []
     for name in args.models:

@@ -16,7 +16,7 @@ Example = tuple[list[int], int]  # token ids, and where those begin that the los
 def read(path: Path, tokenizer: Any, count: int | None, limit: int) -> list[Example]:
     """Token ids of problem and solution together, and where the solution begins; too long ones are left out."""
     examples = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines():  # of text they would also split at U+2028, which JSON allows
         row = json.loads(line)
         if tokenizer.chat_template:
             message = [{"role": "user", "content": row["problem"]}]
