@@ -196,7 +196,7 @@ class InEngineAdapter:
             weight = vllm_names.attribute(layer.module, "weight")
             sizes = [self.pristine.shape(f"{part}.weight")[0] for part in layer.parts]
             self._rows[layer.path] = None
-            if weight.numel() and vllm_names.tensor_parallel_size(layer.module) == 1 and len(weight) == sum(sizes):
+            if weight.numel() and not vllm_names.is_split(layer.module) and len(weight) == sum(sizes):
                 base = [self.pristine[f"{part}.weight"].to(weight.dtype) for part in layer.parts]
                 vllm_names.store_weight(layer.module, base)
                 rows = list(weight.data.split(sizes))

@@ -166,10 +166,7 @@ def _find_layer(engine_model: nn.Module, path: str, sources: list[tuple[str, Any
         parts.append(Part(name, source, slice(start, stop)))
         start = stop
     layer = FusedLayer(module, parts)
-    packed, split = not module.weight.numel(), vllm_names.tensor_parallel_size(module) > 1
-    if packed and split:
-        return None
-    if not packed and not split:
+    if module.weight.numel() and not vllm_names.is_split(module):
         layer.in_rows = True
         if module.weight.shape[0] != start or not all(
             _holds(module.weight.data[p.rows], p.source) for p in layer.adapted

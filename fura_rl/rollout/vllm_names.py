@@ -44,6 +44,11 @@ IMPORTED = (
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner.get_model",
     "vllm.model_executor.layers.linear.QKVParallelLinear.weight_loader",
     "vllm.model_executor.layers.linear.MergedColumnParallelLinear.weight_loader",
+    "vllm.model_executor.layers.linear.QKVParallelLinear.weight_loader_v2",
+    "vllm.model_executor.layers.linear.MergedColumnParallelLinear.weight_loader_v2",
+    "vllm.model_executor.layers.linear.ColumnParallelLinear.weight_loader_v2",
+    "vllm.model_executor.layers.linear.RowParallelLinear.weight_loader_v2",
+    "vllm.model_executor.layers.linear.UnquantizedLinearMethod.create_weights",
     "vllm.model_executor.layers.linear.UnquantizedLinearMethod.process_weights_after_loading",
     "vllm.model_executor.models.qwen3.Qwen3ForCausalLM.packed_modules_mapping",
 )
@@ -172,23 +177,36 @@ def is_plain_linear(module: nn.Module) -> bool:
     return isinstance(module, LinearBase) and isinstance(attribute(module, "quant_method"), UnquantizedLinearMethod)
 
 
-def tensor_parallel_size(module: nn.Module) -> int:
-    """Into how many ranks a linear layer is split."""
-    return attribute(module, "tp_size")
+def is_split(module: nn.Module) -> bool:
+    """Whether each rank holds only a part of a linear layer."""
+    from vllm.model_executor.layers.linear import ReplicatedLinear
+
+    return attribute(module, "tp_size") > 1 and not isinstance(module, ReplicatedLinear)
 
 
 def store_weight(module: nn.Module, parts: list[torch.Tensor]) -> None:
     """Replace a layer's weight by the whole checkpoint-shaped matrices `parts`, one for each part of a fused layer.
 
-    An unpacked weight is written in place, so that CUDA graphs go on reading it, and each rank keeps its own slice.
+    An unpacked weight is written in place, so that CUDA graphs go on reading it, and each rank keeps its own slice. A
+    packed one is made anew, as when the engine started.
     """
     weight = attribute(module, "weight")
     if weight.numel():
         _load(module, weight, parts)
         return
-    if attribute(module, "tp_size") > 1:
-        raise FuraError("Adapters cannot be merged into a CPU engine with tensor parallelism.")
-    module.weight = nn.Parameter(torch.cat([part.to(weight.dtype) for part in parts]), requires_grad=False)
+    if is_split(module):
+        attribute(module, "quant_method").create_weights(
+            layer=module,
+            input_size_per_partition=attribute(module, "input_size_per_partition"),
+            output_partition_sizes=attribute(module, "output_partition_sizes"),
+            input_size=attribute(module, "input_size"),
+            output_size=attribute(module, "output_size"),
+            params_dtype=weight.dtype,
+            weight_loader=attribute(module, "weight_loader_v2"),
+        )
+        _load(module, module.weight, parts)
+    else:
+        module.weight = nn.Parameter(torch.cat([part.to(weight.dtype) for part in parts]), requires_grad=False)
     attribute(module, "quant_method").process_weights_after_loading(module)
 
 
