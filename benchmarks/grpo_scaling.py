@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -39,6 +40,7 @@ from fura_rl.train_grpo import free_port
 CONFIGURATIONS = {name: name for name in ("ddp", "zero2", "zero3", "fsdp2")} | {"tp2": "ddp"}
 SERVED = {"server": "adapter", "server_merged": "merged"}
 LAUNCHES = ("single", "server", "server_merged", "ddp", "zero3", "fsdp2", "zero2", "tp2")
+ERROR = re.compile(r"(\[rank\d+\]:\s*)?[\w.]*([Ee]rror|Exception): .")
 CONTEXT = "CUDA context (estimate)"
 ENGINE = "engine (its share of the GPU)"
 
@@ -128,7 +130,7 @@ class Launch:
         row = {"launch": self.name, "gpus": self.gpus, "seconds": time.monotonic() - began}
         if status != 0 or not self.facts.exists():
             words = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-            errors = [line for line in words if "error" in line.lower() and "ChildFailedError" not in line]
+            errors = [line for line in words if ERROR.match(line)]
             print("\n".join(words[-60:]), file=sys.stderr)
             return {**row, "failed": f"status {status}: {(errors or words or ['nothing was printed'])[-1][:300]}"}
         measured = summary(self.name, phases_of_steps(self.run_folder / "metrics.jsonl"))
@@ -149,7 +151,7 @@ def scaled_recipe(args: argparse.Namespace, folder: Path, processes: int) -> dic
     rollouts = 32 if args.tiny else args.rollouts
     options |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": rollouts // (batch * processes)}
     if args.tiny:
-        options |= {"use_vllm": True, "vllm_max_model_length": 128}
+        options |= {"use_vllm": True, "vllm_max_model_length": 128, "bf16": True, "use_cpu": True}
     else:
         options |= {"num_generations": 8, "max_completion_length": args.tokens}
         eager = {"enforce_eager": True} if args.eager else {}
