@@ -19,9 +19,9 @@ demo: environment
 		fura_rl/train_grpo.py --config configs/demo.yaml
 
 # One thread a process: on small tensors two threads mostly wait for each other. A file's tests stay in one process,
-# so that they share an engine.
+# so that they share an engine; files keep the order of tests/conftest.py.
 test: environment
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 soak: environment
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak

@@ -3,11 +3,18 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Quick files first; then those with the most slow tests, so that no worker ends with a long file alone."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: (slow[item.path] > 0, -slow[item.path]))
 
 
 @pytest.fixture(scope="module", autouse=True)
