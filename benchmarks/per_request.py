@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from fura_rl import FuraConfig
 from fura_rl.adapter import save_adapter
+from fura_rl.rollout.vllm_names import WORKER_EXTENSION
 
 TOLERANCE = {"bfloat16": 0.05, "float32": 1e-4}  # mean |log-prob difference| to merged weights
 RANK = 32
@@ -52,7 +53,7 @@ def save_adapters(model: str, folder: Path) -> None:
 
 
 class Engine:
-    """A `vllm.LLM` of this process.
+    """A `vllm.LLM` of this process; with tensor parallelism, its workers are processes of their own.
 
     Args:
         settings: Of adapters per request; None for an engine without LoRA.
@@ -77,7 +78,8 @@ class Engine:
         self.llm = LLM(
             options.model, dtype=options.dtype, enforce_eager=eager or not torch.cuda.is_available(),
             max_model_len=512, max_num_seqs=options.requests, max_num_batched_tokens=8192, seed=0,
-            enable_prefix_caching=False, gpu_memory_utilization=options.memory, **lora,
+            enable_prefix_caching=False, gpu_memory_utilization=options.memory,
+            tensor_parallel_size=options.tensor_parallel_size, worker_extension_cls=WORKER_EXTENSION, **lora,
         )  # fmt: skip
         self.start_seconds = time.perf_counter() - started
 
@@ -112,6 +114,7 @@ class Engine:
         return options.requests * options.tokens / statistics.median(seconds[1:])
 
     def close(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()  # ends workers of other processes
         del self.llm
         gc.collect()
         if torch.cuda.is_available():
@@ -221,7 +224,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         report = measure(options, Path(temporary))
     speeds = report["tokens_a_second"]
     table = Table(
-        title=f"{Path(options.model).name}, {options.dtype}, {options.requests} rows x {options.tokens} tokens"
+        title=f"{Path(options.model).name}, {options.dtype}, tensor parallelism {options.tensor_parallel_size}, "
+        f"{options.requests} rows x {options.tokens} tokens"
     )
     for column in ("adapters in the batch", "FuRA tokens/s", f"LoRA r={RANK} tokens/s", "FuRA / LoRA"):
         table.add_column(column, justify="right")

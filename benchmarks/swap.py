@@ -176,6 +176,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--memory", type=float, default=0.2, help="share of a GPU's memory for one engine")
     parser.add_argument("--keep", default="device", help="where attach(llm) keeps base weights")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="of --per-request")
     parser.add_argument("--together", action="store_true", help="also FuRA beside LoRA in one batch")
     options = parser.parse_args()
     if options.per_request:

@@ -204,7 +204,7 @@ def store_weight(module: nn.Module, parts: list[torch.Tensor]) -> None:
             params_dtype=weight.dtype,
             weight_loader=attribute(module, "weight_loader_v2"),
         )
-        _load(module, module.weight, parts)
+        _load(module, attribute(module, "weight"), parts)
     else:
         module.weight = nn.Parameter(torch.cat([part.to(weight.dtype) for part in parts]), requires_grad=False)
     attribute(module, "quant_method").process_weights_after_loading(module)

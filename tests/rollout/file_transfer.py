@@ -48,6 +48,10 @@ class FileEngine(WeightTransferEngine):
     def shutdown(self):
         pass
 
+    @staticmethod
+    def trainer_send_weights(iterator, trainer_args):  # vLLM 0.26 asks for it; TRL's client sends by itself
+        raise NotImplementedError
+
 
 if "file" not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine("file", FileEngine)
