@@ -1,7 +1,7 @@
 """A whole GRPO step on two GPUs of one host, by phase, against one GPU: ways to spread it, and a separate server.
 
     python benchmarks/grpo_scaling.py [--launches single ddp zero3 fsdp2 server server_merged zero2 tp2]
-        [--config configs/qwen2.5-0.5b-gsm8k.yaml] [--model M] [--dataset D] [--eager]
+        [--config configs/qwen2.5-0.5b-gsm8k.yaml] [--model M] [--dataset D] [--engine recipe]
 
 Every launch makes the same number of rollouts a step (strong scaling) with a learning rate so small that all sample
 from the same weights; efficiency = t(single) / (GPUs * t). `ddp`, `zero2`, `zero3` and `fsdp2` are started by
@@ -40,6 +40,15 @@ from fura_rl.train_grpo import free_port
 CONFIGURATIONS = {name: name for name in ("ddp", "zero2", "zero3", "fsdp2")} | {"tp2": "ddp"}
 SERVED = {"server": "adapter", "server_merged": "merged"}
 LAUNCHES = ("single", "server", "server_merged", "ddp", "zero3", "fsdp2", "zero2", "tp2")
+# What an engine does before its first token: compile, capture graphs of decoding only, or neither.
+SIZES = [8, 16, 32, 64, 96, 128, 192, 256]
+ENGINES: dict[str, dict[str, Any]] = {
+    "recipe": {},
+    "graphs": {
+        "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": SIZES}
+    },
+    "eager": {"enforce_eager": True},
+}
 ERROR = re.compile(r"(\[rank\d+\]:\s*)?[\w.]*([Ee]rror|Exception): .")
 CONTEXT = "CUDA context (estimate)"
 ENGINE = "engine (its share of the GPU)"
@@ -74,9 +83,10 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"
         command = [sys.executable, "-m", "fura_rl.cli", "serve", options["model_name_or_path"], "--for-training"]
         command += ["--port", str(port), "--keep", "device", "--max-model-len", str(options["vllm_max_model_length"])]
-        command += ["--dtype", "float32" if args.tiny else "bfloat16"]
+        command += ["--dtype", "bfloat16"]
         command += [] if args.tiny else ["--max-num-seqs", str(options["vllm_engine_kwargs"]["max_num_seqs"])]
-        command += ["--enforce-eager"] if args.eager and not args.tiny else []
+        for name, value in ({} if args.tiny else ENGINES[args.engine]).items():
+            command += [f"--{name.replace('_', '-')}", *([] if value is True else [json.dumps(value)])]
         environment = {"VLLM_CPU_KVCACHE_SPACE": "1"}
         if "server_merged" in args.launches:
             command += ["--weight-transfer-config", '{"backend": "nccl"}']
@@ -152,10 +162,11 @@ def scaled_recipe(args: argparse.Namespace, folder: Path, processes: int) -> dic
     options |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": rollouts // (batch * processes)}
     if args.tiny:
         options |= {"use_vllm": True, "vllm_max_model_length": 128, "bf16": True, "use_cpu": True}
+        options["dtype"] = "bfloat16"
     else:
         options |= {"num_generations": 8, "max_completion_length": args.tokens}
-        eager = {"enforce_eager": True} if args.eager else {}
-        options["vllm_engine_kwargs"] = {"max_num_seqs": 256, **options.get("vllm_engine_kwargs", {}), **eager}
+        options["vllm_engine_kwargs"] = {"max_num_seqs": 256, **options.get("vllm_engine_kwargs", {})}
+        options["vllm_engine_kwargs"] |= ENGINES[args.engine]
     return options
 
 
@@ -221,12 +232,12 @@ def main() -> None:
     parser.add_argument("--model", help="in place of the recipe's")
     parser.add_argument("--dataset", help="in place of the recipe's")
     parser.add_argument("--steps", type=int, default=5, help="of each launch; the first two do not count")
-    parser.add_argument("--rollouts", type=int, default=128, help="a step, of all processes together")
+    parser.add_argument("--rollouts", type=int, default=256, help="a step, of all processes together")
     parser.add_argument("--tokens", type=int, default=256, help="of a completion at most")
     parser.add_argument("--batch", type=int, default=32, help="rollouts of a micro-batch")
     parser.add_argument("--single", type=float, help="seconds of a step on one GPU, where it is not launched")
     parser.add_argument("--limit", type=float, default=120.0, help="seconds after which a launch has failed")
-    parser.add_argument("--eager", action="store_true", help="engines without compiling and CUDA graphs: short starts")
+    parser.add_argument("--engine", choices=ENGINES, default="recipe", help="with shorter starts: graphs, eager")
     parser.add_argument("--no-overlap", dest="overlap", action="store_false", help="import when it is a launch's turn")
     parser.add_argument("--tiny", action="store_true", help="a small run on the CPU")
     args = parser.parse_args()
