@@ -7,7 +7,7 @@ checked once against what the loader wrote, up to one rounding; a layer for whic
 
 Storage is written in place and never replaced, so CUDA graphs go on reading it; on a CUDA device the writes themselves
 become a graph, since 200 matrices take longer to launch than to merge. vLLM's CPU build has repacked the weights:
-there, and with tensor parallelism, a fused layer is made anew from its parts, one layer at a time.
+there, and with tensor parallelism, vLLM's loader gets the parts of a fused layer, one layer at a time.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class InPlaceMerge:
                 with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                     self._write_all(None)
             self._graph.replay()
-        if self._on_device:
+        if any(layer.module.weight.is_cuda for layer in self.layers):
             torch.cuda.synchronize()  # the engine may read on another stream
 
     def _all_addresses(self) -> list[int] | None:
