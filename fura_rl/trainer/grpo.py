@@ -26,6 +26,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel
 from trl.trainer import grpo_trainer
 
@@ -130,6 +131,8 @@ class FuraGRPOTrainer(ResumableGRPOTrainer):
         for name, parameter in fura_parameters(self.model):  # TRL casts adapters of quantised models to bfloat16
             if parameter.dtype == torch.bfloat16:
                 parameter.data = trained.get(name, parameter.data.float())
+        if self.is_fsdp_enabled:  # else in bf16: what is trained, while it computes, and the sums of its gradients
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
         self.engine_check = EngineCheck(self)
         self.benchmarks = [
             load_benchmark(name, data_dir=args.benchmark_data_dir, limit=args.benchmark_limit)
