@@ -29,7 +29,7 @@ from fura_rl.trainer import grpo
 GIB = 2**30
 ON_GPU = torch.cuda.is_available()
 planned: dict[str, Any] = {}  # what the job's own check of the memory is asked
-seen: dict[str, float] = {}  # largest numbers, by name
+seen: dict[str, Any] = {}  # largest numbers, by name
 
 
 def allocated() -> float:
@@ -64,6 +64,7 @@ class MeasuredTrainer(train_grpo.FuraGRPOTrainer):
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         note_peak("generating")
+        seen["distributed"] = self.accelerator.distributed_type.value
         batch, prompt = inputs["prompt_ids"].shape
         note(batch=batch, prompt=prompt, completion=inputs["completion_ids"].shape[1])
         return super().compute_loss(model, inputs, *args, **kwargs)
@@ -92,17 +93,19 @@ def prediction() -> dict[str, float]:
 
 
 def use_cpu() -> None:
-    """Processes of gloo. accelerate itself starts DeepSpeed on accelerators only."""
+    """Processes of gloo. accelerate itself starts DeepSpeed and FSDP on accelerators only."""
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
+    with_fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true" and not with_fsdp:
         os.environ["ACCELERATE_USE_CPU"] = "true"
         return
     os.environ["DS_ACCELERATOR"] = "cpu"
+    torch.distributed.init_process_group("gloo")
 
     def backend(*args: Any, **kwargs: Any) -> tuple[str, DistributedType]:
-        return "gloo", DistributedType.MULTI_CPU
+        return "gloo", DistributedType.MULTI_GPU if with_fsdp else DistributedType.MULTI_CPU
 
     patch.object(PartialState, "_prepare_backend", backend).start()
     patch.object(PartialState, "set_device", lambda state: setattr(state, "device", torch.device("cpu"))).start()
@@ -128,7 +131,8 @@ def main() -> int:
         except FuraError as reason:  # not every run is planned for
             print(reason, file=sys.stderr)
             parts = {}
-        args.facts.write_text(json.dumps({"gib": seen, "plan": parts}), encoding="utf-8")
+        facts = {"distributed": seen.pop("distributed"), "gib": seen, "plan": parts}
+        args.facts.write_text(json.dumps(facts), encoding="utf-8")
     return status
 
 
