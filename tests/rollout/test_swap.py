@@ -236,6 +236,7 @@ def test_the_names_file_says_what_a_new_vllm_has_moved(llm, monkeypatch):
     assert vllm_names.missing_names() == [
         "vllm.v1.worker.gpu_model_runner.GPUModelRunner.get_model",
         "vllm.model_executor.layers.linear.QKVParallelLinear.weight_loader",
+        "vllm.model_executor.layers.linear.QKVParallelLinear.weight_loader_v2",
         "vllm.moved.away",
     ]
     with pytest.raises(FuraError, match=r"has no dict\.model_runner\.get_model"):
