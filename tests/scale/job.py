@@ -53,14 +53,16 @@ def scripted_rollouts(trainer, prompt_ids, *args, **kwargs):
     return completions, None
 
 
-def deepspeed_on_cpu():
-    """accelerate starts DeepSpeed on accelerators only."""
+def sharded_on_cpu(kind):
+    """accelerate starts DeepSpeed and FSDP on accelerators only."""
     import torch
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
+    torch.distributed.init_process_group("gloo")
+
     def backend(*args, **kwargs):
-        return "gloo", DistributedType.MULTI_CPU
+        return "gloo", DistributedType.MULTI_GPU if kind == "fsdp" else DistributedType.MULTI_CPU
 
     patch.object(PartialState, "_prepare_backend", backend).start()
     patch.object(PartialState, "set_device", lambda state: setattr(state, "device", torch.device("cpu"))).start()
@@ -78,8 +80,9 @@ def work(rank, world, port, recipe, log):
     from fura_rl import train_grpo
     from fura_rl.adapter import blocks
 
-    if "deepspeed" in yaml.safe_load(Path(recipe).read_text()):
-        deepspeed_on_cpu()
+    options = yaml.safe_load(Path(recipe).read_text())
+    if "deepspeed" in options or "fsdp" in options:
+        sharded_on_cpu("fsdp" if "fsdp" in options else "deepspeed")
     else:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     counted = patch.object(blocks, "block_basis", Mock(wraps=blocks.block_basis))

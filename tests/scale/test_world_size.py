@@ -66,6 +66,11 @@ def test_deepspeed(ranks, whole, stage):
 
 
 @pytest.mark.slow
+def test_fsdp2(ranks, whole):
+    check_same(ranks.run(2, "fsdp2", **SPREAD[2], fsdp=True), whole)
+
+
+@pytest.mark.slow
 def test_half_used_rollouts_are_drawn_again_for_the_same_problems(ranks):
     """A generation of 32 rollouts serves two steps; the checkpoint lies between its steps 3 and 4."""
     twice = ranks.run(2, "twice", **SPREAD[2], steps_per_generation=2)
