@@ -26,7 +26,7 @@ from transformers.training_args import TrainingArguments
 from trl import GRPOTrainer
 
 from fura_rl.errors import FuraError
-from fura_rl.trainer import checkpoints, zero_checkpoints
+from fura_rl.trainer import checkpoints, fsdp_checkpoints, zero_checkpoints
 from fura_rl.trainer.resume import check_shape, load_progress, read_progress, save_progress, seeded
 from fura_rl.trainer.spelling import nearest
 
@@ -80,6 +80,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
         if checkpoint is None:
             return super().train(None, *args, **kwargs)
         check_shape(self, checkpoint)
+        fsdp_checkpoints.check(self, checkpoint)
         self.last_checkpoint = checkpoint
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         self._epochs_before = math.floor(state.epoch or 0)
@@ -98,14 +99,26 @@ class ResumableGRPOTrainer(GRPOTrainer):
         """Put adapter and optimiser back to a checkpoint; data and schedule go on, with new rollouts."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self._load_from_checkpoint(str(checkpoint))
-        state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
-        self.optimizer.load_state_dict(state)
+        if fsdp_checkpoints.is_whole(checkpoint):
+            fsdp_checkpoints.load_optimizer(self.model, self.optimizer, checkpoint)
+        else:
+            state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+            self.optimizer.load_state_dict(state)
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         self._buffered_inputs = None
         self._last_loaded_step = -1
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if fsdp_checkpoints.is_whole(Path(resume_from_checkpoint)) and not self.is_fsdp_enabled:
+            return fsdp_checkpoints.load_model(model or self.model, Path(resume_from_checkpoint))
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        if checkpoint and fsdp_checkpoints.is_whole(Path(checkpoint)) and not self.is_fsdp_enabled:
+            fsdp_checkpoints.load_optimizer(self.model, self.optimizer, Path(checkpoint))
+            schedule = torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True)
+            return self.lr_scheduler.load_state_dict(schedule)
         if self.args.device.type != "cpu":
             return super()._load_optimizer_and_scheduler(checkpoint)
         with patch.object(type(self.args), "device", torch.device("cpu")):  # torch cannot load to "cpu:0", as of ranks

@@ -67,7 +67,19 @@ def test_deepspeed(ranks, whole, stage):
 
 @pytest.mark.slow
 def test_fsdp2(ranks, whole):
-    check_same(ranks.run(2, "fsdp2", **SPREAD[2], fsdp=True), whole)
+    own = ranks.run(2, "fsdp2", **SPREAD[2], fsdp=True)
+    check_same(own, whole)
+    check_same(resume(ranks, own, 4, "fsdp2_4", fsdp=True), whole)
+    check_same(resume(ranks, own, 1, "fsdp2_without"), whole)
+
+
+@pytest.mark.slow
+def test_fsdp2_cannot_take_up_a_checkpoint_of_ddp(ranks, whole):
+    shutil.copytree(whole, ranks.folder / "mixed")
+    ranks.run(2, "mixed", status=2, **SPREAD[2], resume_from_checkpoint="latest", fsdp=True)
+    lines = (ranks.folder / "mixed_0.log").read_text().splitlines()
+    (sentence,) = [line for line in lines if line.startswith("error: ")]
+    assert "checkpoint-6 was not written under FSDP: go on with the configuration that wrote it." in sentence
 
 
 @pytest.mark.slow
