@@ -1,7 +1,7 @@
 """A checkpoint that FSDP2 wrote, taken up by a run without FSDP.
 
-FSDP2 writes the optimiser whole and by parameter names (FULL_STATE_DICT, as in the shipped configuration), so any number
-of ranks can read it, with FSDP2 or without. transformers refuses the latter, and asks for another file.
+FSDP2 writes the optimiser whole and by parameter names (FULL_STATE_DICT, as in the shipped configuration), so any
+number of ranks can read it, with FSDP2 or without. transformers refuses the latter, and asks for another file.
 """
 
 from __future__ import annotations
