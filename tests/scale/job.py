@@ -40,7 +40,13 @@ def killing_reward(completion_ids, **columns):
     return reward(completion_ids)
 
 
-failing_reward.calls = killing_reward.calls = 0
+def infinite_reward(completion_ids, **columns):
+    """Infinite in the fourth step."""
+    infinite_reward.calls += 1
+    return [float("inf")] * len(completion_ids) if infinite_reward.calls == 4 else reward(completion_ids)
+
+
+failing_reward.calls = killing_reward.calls = infinite_reward.calls = 0
 
 
 def scripted_rollouts(trainer, prompt_ids, *args, **kwargs):

@@ -41,6 +41,10 @@ def check_same(run, whole):
     assert [line["step"] for line in steps(run)] == [1, 2, 3, 4, 5, 6]
     for line, expected in zip(steps(run), steps(whole), strict=True):
         assert line == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    check_same_adapter(run, whole)
+
+
+def check_same_adapter(run, whole):
     adapter, expected = (load_file(folder / "adapter_model.safetensors") for folder in (run, whole))
     for name, tensor in expected.items():
         assert (adapter[name] - tensor).abs().max() < 1e-5, name
@@ -71,6 +75,17 @@ def test_fsdp2(ranks, whole):
     check_same(own, whole)
     check_same(resume(ranks, own, 4, "fsdp2_4", fsdp=True), whole)
     check_same(resume(ranks, own, 1, "fsdp2_without"), whole)
+
+
+@pytest.mark.slow
+def test_fsdp2_rolls_back(ranks):
+    """To the checkpoint of step 3, adapter and optimiser, as DDP does."""
+    guarded = dict(**SPREAD[2], rewards=["job:infinite_reward"], guards={"nonfinite": {"action": "rollback"}})
+    rolled, expected = ranks.run(2, "rolled", **guarded, fsdp=True), ranks.run(2, "rolled_ddp", **guarded)
+    for run in (rolled, expected):
+        log = (ranks.folder / f"{run.name}_0.log").read_text()
+        assert f"Rolled back to {run / 'checkpoint-3'}" in log
+    check_same_adapter(rolled, expected)
 
 
 @pytest.mark.slow
