@@ -8,12 +8,14 @@ DEADLINE_S = 60
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("reward", "world", "stage"), [("failing", 2, None), ("killing", 4, None), ("failing", 2, "zero3")]
+    ("reward", "world", "stage"),
+    [("failing", 2, None), ("killing", 4, None), ("failing", 2, "zero3"), ("killing", 2, "fsdp2")],
 )
 def test_all_ranks_end(ranks, reward, world, stage):
-    if stage is not None:
+    config = {"fsdp": True} if stage == "fsdp2" else {}
+    if stage == "zero3":
         pytest.importorskip("deepspeed", reason="the extra 'deepspeed' is not installed")
-    config = {} if stage is None else {"deepspeed": str(CONFIGS / f"{stage}.json")}
+        config = {"deepspeed": str(CONFIGS / f"{stage}.json")}
     name = f"{reward}_{world}_{stage}"
     processes, logs = ranks.start(world, name, rewards=[f"job:{reward}_reward"], **SPREAD[world], **config)
     processes[1].join(200)
