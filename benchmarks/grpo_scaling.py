@@ -21,6 +21,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -34,8 +35,6 @@ import yaml
 from grpo_step import PHASES, ROOT, phases_of_steps, recipe, summary
 from rich.console import Console
 from rich.table import Table
-
-from fura_rl.train_grpo import free_port
 
 CONFIGURATIONS = {name: name for name in ("ddp", "zero2", "zero3", "fsdp2")} | {"tp2": "ddp"}
 SERVED = {"server": "adapter", "server_merged": "merged"}
@@ -59,6 +58,12 @@ def end(process: subprocess.Popen) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def free_port() -> int:
+    """As `fura_rl.train_grpo`'s, whose imports would take longer than a launch."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
 
 
 def devices(*numbers: int) -> dict[str, str]:
@@ -241,6 +246,8 @@ def main() -> None:
     parser.add_argument("--no-overlap", dest="overlap", action="store_false", help="import when it is a launch's turn")
     parser.add_argument("--tiny", action="store_true", help="a small run on the CPU")
     args = parser.parse_args()
+    if torch.cuda.device_count() == 1 and args.launches != ["single"]:
+        parser.error("one GPU is visible: only --launches single can be measured")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends what was started
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(args, Path(folder))
