@@ -80,7 +80,7 @@ class Constants:
     product_rate: float = 781e12  # measured, H200: FLOP/s of a large bf16 product
     decode_overhead: float = 162.3 / 32 / 512 - 2 * 0.507e9 / 2.78e12  # measured, H100, 0.5B: s a token of a batch
     sync_in_place: float = 33e-6  # measured, H100: s a matrix, from the syncs of two models in the same process
-    sync_by_name: float = 0.119 / 196  # measured, H100: s a matrix through vLLM's loader, which sharded models need
+    sync_by_name: float = 0.0684 / 196  # measured, H100: s a matrix through vLLM's loader, which sharded models need
     reward_seconds: float = 1.6 / 32 / 256  # measured: s a rollout, one host
     inside_host: float = 450e9  # bytes/s of NVLink 4, one direction
     between_hosts: float = 50e9  # bytes/s a GPU of a 400 Gb/s link
