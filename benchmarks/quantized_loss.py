@@ -36,24 +36,29 @@ def layer_errors(model: nn.Module) -> dict[str, float]:
 
 
 def fine_tune(base: nn.Module, name: str, rate: float, seed: int, data: tuple, args: argparse.Namespace) -> dict:
+    """A run's numbers, or in `failed` why it was stopped."""
     train, test = data
     torch.manual_seed(seed)
     model = copy.deepcopy(base, {id(p): p for p in base.parameters()})
     model = step_methods.with_adapter(copy.deepcopy(METHODS[name]))(model).train()
     started = time.perf_counter()
-    losses = solutions.fine_tune(
-        model,
-        train,
-        lambda step: rate * min(1.0, (step + 1) / args.warmup),
-        steps=args.steps,
-        batch=args.batch,
-        seed=seed,
-    )
-    seconds = time.perf_counter() - started
-    last = torch.stack(losses[-20:]).mean().item()
-    held_out = held_out_loss(model, test, args.batch)
-    result = dict(method=name, rate=rate, seed=seed, train=last, held_out=held_out, seconds=seconds)
-    result |= layer_errors(model) | {"trainable": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+    result = dict(method=name, rate=rate, seed=seed, failed=None)
+    try:
+        losses = solutions.fine_tune(
+            model,
+            train,
+            lambda step: rate * min(1.0, (step + 1) / args.warmup),
+            steps=args.steps,
+            batch=args.batch,
+            seed=seed,
+            strict=True,
+        )
+    except FloatingPointError as error:
+        result |= {"failed": str(error)}
+    else:
+        result |= {"seconds": time.perf_counter() - started, "train": torch.stack(losses[-20:]).mean().item()}
+        result |= {"held_out": held_out_loss(model, test, args.batch)} | layer_errors(model)
+        result |= {"trainable": sum(p.numel() for p in model.parameters() if p.requires_grad)}
     print(json.dumps(result), file=sys.stderr, flush=True)
     return result
 
@@ -70,6 +75,7 @@ def loss_mode(args: argparse.Namespace) -> tuple[list[Table], list[dict]]:
     base_error = statistics.fmean(nf4_error(module.weight) for module in decoder)
     model = quantise(model, device, torch.bfloat16).requires_grad_(False)
     start = held_out_loss(model, data[1], args.batch)
+    print(json.dumps(dict(before=start, nf4_error=base_error)), file=sys.stderr, flush=True)
     rows = [
         fine_tune(model, name, rate, seed, data, args)
         for seed in args.seeds
@@ -86,6 +92,10 @@ def loss_mode(args: argparse.Namespace) -> tuple[list[Table], list[dict]]:
     for name in args.rows:
         for rate in args.rates:
             runs = [row for row in rows if (row["method"], row["rate"]) == (name, rate)]
+            if failed := [run for run in runs if run["failed"]]:
+                why = f"{len(failed)} of {len(runs)} failed; seed {failed[0]['seed']}, {failed[0]['failed']}"
+                table.add_row(name, f"{rate:g}", why, *["-"] * 5)
+                continue
             mean = {
                 key: statistics.fmean(run[key] for run in runs) for key in ("held_out", "train", "update", "merged")
             }

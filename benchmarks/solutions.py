@@ -9,6 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# All but cuDNN's, which torch 2.11 prefers on an H100: with a mask and a length of 64 past a multiple of 128 its
+# backward gives NaN where the scores of a query are all far below 0, as in a head of Qwen2.5-0.5B (pytorch#196678).
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 Example = tuple[list[int], int]  # token ids, and where those begin that the loss is taken on
 
@@ -58,6 +63,19 @@ def held_out_loss(model: nn.Module, examples: list[Example], batch: int, *, auto
     return total / count
 
 
+def not_finite(model: nn.Module, loss: torch.Tensor, norm: torch.Tensor) -> str | None:
+    """What is not finite after a backward pass, before clipping spreads it; None if all is.
+
+    Of the gradients it names the last in the model's order: the first that the backward pass came to.
+    """
+    if not loss.isfinite():
+        return "the loss is not finite"
+    if norm.isfinite():
+        return None
+    broken = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    return f"the gradient of {broken[-1]} is not finite" if broken else "the gradient's norm is not finite"
+
+
 def fine_tune(
     model: nn.Module,
     examples: list[Example],
@@ -67,14 +85,19 @@ def fine_tune(
     batch: int,
     seed: int,
     autocast: bool = True,
+    strict: bool = False,
 ) -> list[torch.Tensor]:
     """AdamW on all that is trained, gradients clipped at 1; examples in an order that the seed alone decides.
 
     Args:
         rate_at: Learning rate of a step, from 0.
+        strict: Stop at the first step whose loss or gradient is not finite.
 
     Returns:
         The loss of each step.
+
+    Raises:
+        FloatingPointError: With `strict`, names the step and what is not finite.
     """
     device = next(model.parameters()).device
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -85,10 +108,13 @@ def fine_tune(
         for group in optimizer.param_groups:
             group["lr"] = rate_at(step)
         rows = [examples[order[(step * batch + i) % len(examples)]] for i in range(batch)]
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast), sdpa_kernel(ATTENTION):
             loss = model(**batch_of(rows, device)).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        if strict and (problem := not_finite(model, loss, norm)):
+            raise FloatingPointError(f"step {step}, {batch} x {max(len(ids) for ids, _ in rows)} tokens: {problem}")
+        nn.utils.clip_grads_with_norm_(trained, 1.0, norm)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.detach())

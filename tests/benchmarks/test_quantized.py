@@ -1,11 +1,15 @@
 """The benchmark of quantised bases runs on a CPU, a step and a short fine-tuning alike."""
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "quantized.py"
 
@@ -36,10 +40,37 @@ def test_both_methods_learn(tmp_path, tiny_model, tiny_problems):
     data = tmp_path / "solutions.jsonl"
     solved = [{"problem": line["problem"], "solution": f"It is \\boxed{{{line['answer']}}}."} for line in lines]
     data.write_text("".join(json.dumps(line) + "\n" for line in solved))
-    files = ["--model", tiny_model, "--train", data, "--test", data]
-    (result,) = run("loss", *files, "--steps", 6, "--rates", 3e-3, "--seeds", 1, 1, "--batch", 4, "--held-out", 8)
-    first, second, lora, _ = (result["rows"][i] for i in (0, 2, 1, 3))
-    assert [row["method"] for row in result["rows"]] == ["qfura", "qlora_r32"] * 2
+    options = ["--model", tiny_model, "--train", data, "--test", data, "--batch", 4, "--held-out", 8]
+    (result,) = run("loss", *options, "--steps", 6, "--rates", 3e-3, 1e38, "--seeds", 1, 1)
+    learnt = [row for row in result["rows"] if row["rate"] < 1]
+    first, lora, second, _ = learnt
+    assert [row["method"] for row in learnt] == ["qfura", "qlora_r32"] * 2
+    broken = [row for row in result["rows"] if row["rate"] > 1]
+    assert len(broken) == 4 and all("not finite" in row["failed"] and "held_out" not in row for row in broken)
     assert first["held_out"] == second["held_out"]  # a seed is a run
     assert first["held_out"] < result["before"] - 0.1 and lora["held_out"] < result["before"] - 0.1
     assert 0.08 < result["nf4_error"] < 0.11 and first["update"] > 0 and first["merged"] > 0
+
+
+class Scaled(nn.Module):
+    """Its loss is finite, the gradient of all that lies before the square root is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.below, self.root, self.above = (nn.Parameter(torch.tensor(value)) for value in (1.0, 0.0, 2.0))
+
+    def forward(self, **batch: torch.Tensor) -> SimpleNamespace:
+        self.cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+        return SimpleNamespace(loss=((self.below * self.root).sqrt() + 1) * self.above)
+
+
+def test_a_gradient_that_is_not_finite_is_named(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    solutions = importlib.import_module("solutions")
+    model, options = Scaled(), dict(steps=3, batch=2, seed=1)
+    with pytest.raises(FloatingPointError, match=r"^step 0, 2 x 3 tokens: the gradient of root is not finite$"):
+        solutions.fine_tune(model, [([1, 2, 3], 1)], lambda step: 0.1, strict=True, **options)
+    assert model.above.item() == 2.0  # stopped before the optimiser's step
+    assert not model.cudnn  # whose attention gives NaN gradients at some lengths
+    solutions.fine_tune(model, [([1, 2, 3], 1)], lambda step: 0.1, **options)
+    assert solutions.not_finite(model, torch.tensor(float("nan")), torch.tensor(1.0)) == "the loss is not finite"
