@@ -48,6 +48,7 @@ from fura_rl.trainer.checks import (
 )
 from fura_rl.trainer.methods import adapter_config
 from fura_rl.trainer.observe import ObserverCallback
+from fura_rl.trainer.parts import whole_numel
 from fura_rl.trainer.report import (
     adapter_table,
     changed_options,
@@ -227,7 +228,7 @@ def run(argv: list[str] | None = None, signals: StopSignals | None = None) -> di
             "seconds": {"total": time.time() - started + trainer.seconds_before, **trainer.clock.snapshot()},
             "engine": "vllm" if trainer.use_vllm else "transformers",
             "error": str(error) if (error := sys.exception()) else None,
-            "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+            "trainable_parameters": whole_numel(p for p in trainer.model.parameters() if p.requires_grad),
             "best_checkpoint": best.name if best else None,
         }
         if main_process:

@@ -27,6 +27,7 @@ from transformers.training_args import TrainingArguments
 
 from fura_rl.errors import FuraError
 from fura_rl.trainer import checkpoints
+from fura_rl.trainer.parts import largest_magnitude
 from fura_rl.trainer.spelling import nearest
 
 if TYPE_CHECKING:
@@ -169,9 +170,10 @@ class GuardCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if "nonfinite" not in self.guards:
             return
+        accelerator = self.trainer.accelerator
         trained = [p for p in self.trainer.model.parameters() if p.requires_grad]
-        largest = torch.stack(torch._foreach_norm(trained, ord=float("inf"))).max().item()
-        if not math.isfinite(largest):
+        largest = accelerator.gather(largest_magnitude(trained, accelerator.device))  # a reduction may lose NaN
+        if not largest.isfinite().all():
             self.since.setdefault("nonfinite", state.global_step)
             self._act("nonfinite", f"NaN or infinite values in the adapter after step {state.global_step}", None)
 

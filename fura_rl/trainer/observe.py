@@ -25,6 +25,7 @@ from transformers.training_args import TrainingArguments
 
 from fura_rl.adapter import FuraLayer
 from fura_rl.rewards.memory import peak_mib
+from fura_rl.trainer.parts import whole_numel
 from fura_rl.trainer.report import versions, write_summary
 from fura_rl.trainer.report_page import LIVE_TEXT, RUN_FACTS, write_report
 
@@ -65,7 +66,7 @@ class ObserverCallback(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero:
             return
-        trainable = sum(p.numel() for p in self.trainer.model.parameters() if p.requires_grad)
+        trainable = whole_numel(p for p in self.trainer.model.parameters() if p.requires_grad)
         facts = {
             "config": self.options,
             "all_options": args.to_dict(),  # hides tokens

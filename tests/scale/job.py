@@ -59,6 +59,27 @@ def scripted_rollouts(trainer, prompt_ids, *args, **kwargs):
     return completions, None
 
 
+def poison(guards, args, state, control, **kwargs):
+    """After the second step NaN stands in what the second rank holds of the adapter, and nowhere else.
+
+    From the first on it stands in all of ZeRO-3's padding, which is nobody's number.
+    """
+    from fura_rl.trainer.parts import own_part
+
+    trained = [p for p in guards.trainer.model.parameters() if p.requires_grad]
+    for parameter in trained:
+        if hasattr(parameter, "ds_tensor"):
+            padding = parameter.ds_tensor.data[own_part(parameter).numel() :]
+            padding.fill_(float("nan"))
+            poison.padding += padding.numel()
+    if os.environ["RANK"] == "1" and state.global_step == 1:
+        next(part for p in trained if (part := own_part(p)).numel()).view(-1)[0] = float("nan")
+        print("poisoned")
+
+
+poison.padding = 0
+
+
 def sharded_on_cpu(kind):
     """accelerate starts DeepSpeed and FSDP on accelerators only."""
     import torch
@@ -74,7 +95,7 @@ def sharded_on_cpu(kind):
     patch.object(PartialState, "set_device", lambda state: setattr(state, "device", torch.device("cpu"))).start()
 
 
-def work(rank, world, port, recipe, log):
+def work(rank, world, port, recipe, log, poisoned):
     with open(log, "w", buffering=1) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -85,15 +106,20 @@ def work(rank, world, port, recipe, log):
 
     from fura_rl import train_grpo
     from fura_rl.adapter import blocks
+    from fura_rl.trainer.guards import GuardCallback
 
     options = yaml.safe_load(Path(recipe).read_text())
     if "deepspeed" in options or "fsdp" in options:
         sharded_on_cpu("fsdp" if "fsdp" in options else "deepspeed")
     else:
         os.environ["ACCELERATE_USE_CPU"] = "true"
+    if poisoned:
+        GuardCallback.on_optimizer_step = poison  # the last event before the one at which it looks
     counted = patch.object(blocks, "block_basis", Mock(wraps=blocks.block_basis))
     with patch.object(GRPOTrainer, "_generate_single_turn", scripted_rollouts), counted as block_basis:
         status = train_grpo.main(["--config", recipe])
+    if poisoned:
+        print(f"padded {poison.padding}")
     print(f"computed {block_basis.call_count} bases")
     sys.exit(status)
 
@@ -113,12 +139,13 @@ class Ranks:
         self.context = forking()
         self.processes = []
 
-    def start(self, world, name, **options):
+    def start(self, world, name, poisoned=False, **options):
         """Starts the ranks; returns their processes and logs.
 
         Args:
             world: Number of ranks.
             name: Of the run's directory and the logs.
+            poisoned: The adapter gets a NaN, see `poison`.
             **options: Of the recipe, beside this object's.
         """
         recipe = self.folder / f"{name}.yaml"
@@ -127,7 +154,7 @@ class Ranks:
             port = server.getsockname()[1]
         logs = [self.folder / f"{name}_{rank}.log" for rank in range(world)]
         processes = [
-            self.context.Process(target=work, args=(rank, world, port, str(recipe), str(log)))
+            self.context.Process(target=work, args=(rank, world, port, str(recipe), str(log), poisoned))
             for rank, log in enumerate(logs)
         ]
         self.processes += processes

@@ -1,5 +1,7 @@
 """When one rank fails, no other waits for it: without a launcher's help, which would kill them too."""
 
+import json
+
 import pytest
 from test_world_size import CONFIGS, SPREAD
 
@@ -25,3 +27,28 @@ def test_all_ranks_end(ranks, reward, world, stage):
     for process, log in zip(processes, logs, strict=True):
         process.join(DEADLINE_S)
         assert process.exitcode, f"exit status {process.exitcode}: {log.read_text()[-3000:]}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "world"), [("zero3", 3), ("fsdp2", 2)])
+def test_all_ranks_see_what_is_wrong_with_one_ranks_part(ranks, stage, world):
+    """Three ranks, since two divide every parameter: ZeRO-3 pads none then. It would gather small parameters, too."""
+    config = {"fsdp": True}
+    if stage == "zero3":
+        pytest.importorskip("deepspeed", reason="the extra 'deepspeed' is not installed")
+        options = json.loads((CONFIGS / "zero3.json").read_text())
+        options["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        config = {"deepspeed": str(ranks.folder / "all_split.json")}
+        (ranks.folder / "all_split.json").write_text(json.dumps(options))
+    batch = dict(per_device_train_batch_size=4, gradient_accumulation_steps=1)
+    name = f"poisoned_{stage}"
+    run = ranks.run(world, name, status=2, poisoned=True, guards={"nonfinite": {"action": "stop"}}, **batch, **config)
+    logs = [(ranks.folder / f"{name}_{rank}.log").read_text() for rank in range(world)]
+    assert ["poisoned" in log.splitlines() for log in logs] == [rank == 1 for rank in range(world)]
+    for log in logs:
+        assert "NaN or infinite values in the adapter after step 2." in log
+    padded = [int(log.split("padded ")[1].split()[0]) for log in logs]
+    assert (sum(padded) > 0) == (stage == "zero3")
+    whole = json.loads((run / "run.json").read_text())["trainable_parameters"]
+    assert whole == json.loads((run / "summary.json").read_text())["trainable_parameters"] > 0
+    assert f"trainable parameters: {whole:,} of" in logs[0]
