@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from kernel_cases import DEVICES, INTERPRETED, inputs, kernels, run_in_interpreter
+from kernel_cases import DEVICES, INTERPRETED, inputs, kernels, relative_error, run_in_interpreter
 from peft import get_peft_model
 from tiny_nets import perturb, tokens
 from torch import nn
@@ -154,7 +154,12 @@ def test_a_model_in_one_graph(device, decoder, counting, reentrant):
     if reentrant is not None:
         decoder.gradient_checkpointing_enable({"use_reentrant": reentrant})
     compiled = torch.compile(decoder, backend=counting, fullgraph=True)
-    assert_equal(step(compiled, decoder), step(decoder, decoder))
+    traced, eager = step(compiled, decoder), step(decoder, decoder)
+    if device == "cpu":
+        assert_equal(traced, eager)
+    else:  # the last bits differ there, as they do between two kernels for attention (4e-7 on a CPU)
+        assert traced.keys() == eager.keys()
+        assert all(relative_error(traced[name], eager[name].double().cpu()) < 1e-5 for name in eager)
     assert counting.groups == [2]
 
 

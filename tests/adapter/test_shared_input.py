@@ -234,7 +234,7 @@ def test_nothing_is_handed_to_another_stream(device, model, passes, monkeypatch)
     """It would not wait for the first one's kernels. On a CPU, which has none, streams are numbers."""
     mlp = model.base_model.model.model.layers[0].mlp
     x = torch.randn(1, 2, 32, device=device)
-    expected = mlp.up_proj(x).detach()
+    expected = mlp.up_proj(x.clone()).detach()  # another tensor: nothing of it is left for the calls below
     del passes[:]
     if device == "cuda":
         other = torch.cuda.Stream()
