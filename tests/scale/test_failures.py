@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_world_size import CONFIGS, SPREAD
+from test_world_size import SPREAD, deepspeed
 
 DEADLINE_S = 60
 
@@ -17,7 +17,7 @@ def test_all_ranks_end(ranks, reward, world, stage):
     config = {"fsdp": True} if stage == "fsdp2" else {}
     if stage == "zero3":
         pytest.importorskip("deepspeed", reason="the extra 'deepspeed' is not installed")
-        config = {"deepspeed": str(CONFIGS / f"{stage}.json")}
+        config = deepspeed(ranks, stage)
     name = f"{reward}_{world}_{stage}"
     processes, logs = ranks.start(world, name, rewards=[f"job:{reward}_reward"], **SPREAD[world], **config)
     processes[1].join(200)
@@ -32,14 +32,11 @@ def test_all_ranks_end(ranks, reward, world, stage):
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "world"), [("zero3", 3), ("fsdp2", 2)])
 def test_all_ranks_see_what_is_wrong_with_one_ranks_part(ranks, stage, world):
-    """Three ranks, since two divide every parameter: ZeRO-3 pads none then. It would gather small parameters, too."""
+    """Three ranks, since two divide every parameter: ZeRO-3 pads none then."""
     config = {"fsdp": True}
     if stage == "zero3":
         pytest.importorskip("deepspeed", reason="the extra 'deepspeed' is not installed")
-        options = json.loads((CONFIGS / "zero3.json").read_text())
-        options["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        config = {"deepspeed": str(ranks.folder / "all_split.json")}
-        (ranks.folder / "all_split.json").write_text(json.dumps(options))
+        config = deepspeed(ranks, stage)
     batch = dict(per_device_train_batch_size=4, gradient_accumulation_steps=1)
     name = f"poisoned_{stage}"
     run = ranks.run(world, name, status=2, poisoned=True, guards={"nonfinite": {"action": "stop"}}, **batch, **config)
