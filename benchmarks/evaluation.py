@@ -28,6 +28,7 @@ def main(
     max_tokens: Annotated[int, typer.Option(help="Longest completion.")] = 1024,
     rounds: Annotated[int, typer.Option(help="Measurements of each; the median counts.")] = 3,
     eager: Annotated[bool, typer.Option(help="No compilation.")] = False,
+    gpu_memory: Annotated[float, typer.Option(help="Share of the GPU's memory.")] = EngineOptions.gpu_memory,
 ) -> None:
     """Measures evaluation against bare generation on the same prompts."""
     from vllm import SamplingParams
@@ -38,7 +39,8 @@ def main(
     benchmark = load_benchmark("math500", data_dir, limit)
     prompt, sampling = load_prompt("qwen-boxed"), Sampling(max_tokens=max_tokens)
     prompts = [draw.request.prompt_token_ids for draw in plan(tokenizer, [benchmark], prompt, sampling)]
-    options = EngineOptions(engine="vllm", context=max(map(len, prompts)) + max_tokens, eager=eager)
+    context = max(map(len, prompts)) + max_tokens
+    options = EngineOptions(engine="vllm", context=context, eager=eager, gpu_memory=gpu_memory)
     seconds: dict[str, list[float]] = {"llm.generate": [], "evaluate": []}
     tokens: dict[str, int] = {}
     with (

@@ -12,10 +12,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
@@ -62,7 +63,8 @@ class SyncServer:
         return self
 
     def __exit__(self, *error: object) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)  # its engine too: they are a session of their own
+        with suppress(ProcessLookupError):  # it may have ended
+            os.killpg(self.process.pid, signal.SIGKILL)  # its engine too: they are a session of their own
         self.process.wait()
 
     def measure(
@@ -103,11 +105,21 @@ class SyncServer:
         }
 
     def connect(self) -> AdapterVLLMClient:
-        """A trainer's client, once the server answers."""
+        """A trainer's client, once the server answers; exits with the end of its log if it ends first or takes long."""
+        deadline = time.monotonic() + PATIENCE_S
+        while (status := self.process.poll()) is None and time.monotonic() < deadline:
+            if self.answers():
+                return AdapterVLLMClient(self.url, connection_timeout=PATIENCE_S)
+            time.sleep(0.5)
+        what = f"did not answer for {PATIENCE_S:.0f} s" if status is None else f"ended with status {status}"
+        raise SystemExit(f"The server at {self.url} {what}:\n{self.log.read_text()[-4000:]}")
+
+    def answers(self) -> bool:
+        """Whether it is up."""
         try:
-            return AdapterVLLMClient(self.url, connection_timeout=PATIENCE_S)
-        except Exception as error:
-            raise SystemExit(f"No server at {self.url} ({error}):\n{self.log.read_text()[-4000:]}") from error
+            return httpx.get(f"{self.url}/health", timeout=5).is_success
+        except httpx.TransportError:
+            return False
 
     def measure_swaps(self, folders: list[Path], rounds: int) -> dict[str, Any]:
         """Median seconds of swaps between adapters in folders, after each was swapped in once, and their phases."""

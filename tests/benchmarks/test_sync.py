@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "sync.py"
+sys.path.insert(0, str(SCRIPT.parent))
 
 
 @pytest.mark.slow
@@ -29,3 +30,15 @@ def test_rows_and_drift(server):
     if server:
         assert report["server"]["gap"] < 1e-5
         assert report["server"]["bytes"] < 0.6 * report["server"]["first_bytes"] < 0.3 * report["merged_bytes"]
+
+
+@pytest.mark.soak
+@pytest.mark.vllm
+def test_a_server_that_ends_is_not_waited_for(tmp_path):
+    from sync_server import SyncServer
+
+    missing = tmp_path / "missing"
+    with SyncServer(str(missing), tmp_path / "log", "float32") as server, pytest.raises(SystemExit) as stopped:
+        server.connect()
+    first, *log = str(stopped.value).splitlines()
+    assert first.startswith(f"The server at {server.url} ended with status ") and str(missing) in "".join(log)
