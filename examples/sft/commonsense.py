@@ -134,6 +134,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     arguments, training, adapter = parser.parse_args_and_config(args=argv)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients at some lengths (pytorch#196678)
     trainer = SFTTrainer(
         AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path, dtype=arguments.dtype),
         args=training,

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, Image, List
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import SFTConfig, SFTTrainer, TrlParser
@@ -63,6 +64,7 @@ def main(argv: list[str] | None = None) -> SFTTrainer:
     config = adapter_config(adapter)
     if config is not None and adapter.target_modules == ["all-linear"]:
         config.target_modules = LANGUAGE
+    torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients at some lengths (pytorch#196678)
     trainer = SFTTrainer(
         AutoModelForImageTextToText.from_pretrained(arguments.model_name_or_path, dtype=arguments.dtype),
         args=training,

@@ -72,8 +72,8 @@ def check_option_types(*groups: Any) -> None:
             kinds = [get_origin(kind) or kind for kind in (get_args(hint) if get_origin(hint) in UNIONS else (hint,))]
             if value is None or not all(kind in SIMPLE_TYPES or kind is type(None) for kind in kinds):
                 continue
-            kinds += [int] * (float in kinds) + [bool] * (option.name == "fsdp")  # a flag that transformers calls text
-            allowed = tuple(kind for kind in kinds if kind is not type(None))
+            kinds += [bool] * (option.name == "fsdp")  # a flag that transformers calls text
+            allowed = (*(kind for kind in kinds if kind is not type(None)), *[int] * (float in kinds))
             if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
                 names = " or ".join(SIMPLE_TYPES[kind] for kind in kinds if kind is not type(None))
                 raise FuraError(f"Option {option.name} takes {names}, not {value!r}.")

@@ -122,6 +122,8 @@ class FuraGRPOTrainer(ResumableGRPOTrainer):
             rounding=args.sync_rounding,
             sleep_level=args.vllm_sleep_level,
         )
+        # With padding masks its backward pass gives NaN at some lengths on an H100 (pytorch#196678, since torch 2.11).
+        torch.backends.cuda.enable_cudnn_sdp(False)
         trained = {name: p.data for name, p in fura_parameters(model)} if isinstance(model, PeftModel) else {}
         # TRL names the engine's class inside its constructor, and puts the adapter into the model there
         with patch.object(grpo_trainer, "VLLMGeneration", engine), split_bases(args.device):

@@ -56,6 +56,7 @@ def test_command_line(fails, arguments, sentence):
         ({"benchmark_stepz": 3}, "Unknown option benchmark_stepz in the recipe; did you mean benchmark_steps?"),
         ({"max_steps": "many"}, "Option: argument --max_steps/--max-steps: invalid int value: 'many'."),
         ({"max_steps": 1.5}, "Option max_steps takes a whole number, not 1.5."),
+        ({"top_p": [1]}, "Option top_p takes a number, not [1]."),
         ({"use_vllm": "perhaps"}, "Option: argument --use_vllm"),
         ({"rewards": "accuracy"}, "Option rewards takes a list, not 'accuracy'."),
         (

@@ -32,6 +32,12 @@ class NanAt:
         return [self.value] * len(completions) if bad else by_length(completions)
 
 
+def test_training_does_without_the_attention_that_makes_nan(train):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    train(by_length, max_steps=1)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 @pytest.mark.parametrize("value", [float("inf"), None])
 def test_a_reward_that_is_no_number_skips_the_step(train, caplog, value):
     """The step's parameters are those of the step before; the next step trains on."""
