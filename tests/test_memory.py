@@ -208,7 +208,10 @@ def test_network_of_a_step():
     split = network_bytes(sizes, weights, Strategy(3), 4, passes)
     assert split["gradients"] == 4 * 39_051_264 * 0.75
     assert split["weights, gathered 24 times"] == 24 * 0.75 * (weights + 4 * 39_051_264)
-    quantised = network_bytes(sizes, base_bytes(sizes, 2, 4), Strategy(fsdp=True), 4, passes)
+    fsdp = Strategy(fsdp=True)  # an adapter's gradients are summed in float32, those of all weights in bf16
+    assert network_bytes(sizes, weights, fsdp, 4, passes) == split
+    assert network_bytes(sizes, weights, fsdp, 4, passes, "full")["gradients"] == 2 * sizes.weights * 0.75
+    quantised = network_bytes(sizes, base_bytes(sizes, 2, 4), fsdp, 4, passes)
     assert sum(quantised.values()) < 0.4 * sum(split.values())
 
 

@@ -26,7 +26,6 @@ import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel
 from trl.trainer import grpo_trainer
 
@@ -44,6 +43,7 @@ from fura_rl.trainer.callbacks import BenchmarkCallback
 from fura_rl.trainer.clock import PhaseClock
 from fura_rl.trainer.config import FuraGRPOConfig
 from fura_rl.trainer.engine_check import EngineCheck
+from fura_rl.trainer.fsdp_precision import keep_adapter_whole
 from fura_rl.trainer.guards import GuardCallback, load_guards
 from fura_rl.trainer.report_page import save_answers
 from fura_rl.trainer.resumable import ResumableGRPOTrainer
@@ -133,8 +133,8 @@ class FuraGRPOTrainer(ResumableGRPOTrainer):
         for name, parameter in fura_parameters(self.model):  # TRL casts adapters of quantised models to bfloat16
             if parameter.dtype == torch.bfloat16:
                 parameter.data = trained.get(name, parameter.data.float())
-        if self.is_fsdp_enabled:  # else in bf16: what is trained, while it computes, and the sums of its gradients
-            self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+        if self.is_fsdp_enabled and isinstance(self.model, PeftModel):
+            keep_adapter_whole(self.accelerator)
         self.engine_check = EngineCheck(self)
         self.benchmarks = [
             load_benchmark(name, data_dir=args.benchmark_data_dir, limit=args.benchmark_limit)

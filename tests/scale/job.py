@@ -46,7 +46,35 @@ def infinite_reward(completion_ids, **columns):
     return [float("inf")] * len(completion_ids) if infinite_reward.calls == 4 else reward(completion_ids)
 
 
-failing_reward.calls = killing_reward.calls = infinite_reward.calls = 0
+def watching_reward(completion_ids, **columns):
+    """Prints the dtypes of what is trained and of its gradients as layers see them, and what the ranks' sums are."""
+    if not watching_reward.calls:
+        import torch
+        from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+        from fura_rl.adapter.layer import FuraLayer
+
+        seen = set()
+
+        def watch(layer, inputs):
+            if isinstance(layer, FuraLayer | torch.nn.Linear) and torch.is_grad_enabled():
+                for parameter in layer.parameters():
+                    if parameter.requires_grad:
+                        seen.add(f"trained {parameter.dtype}")
+                        parameter.register_hook(lambda gradient: seen.add(f"gradient {gradient.dtype}"))
+
+        def report(optimizer, *args):
+            sums = [p.grad.to_local() for group in optimizer.param_groups for p in group["params"]]
+            rounded = sum(int((s == s.bfloat16()).sum()) for s in sums) / sum(s.numel() for s in sums)
+            print(f"seen {sorted(seen)}, {rounded:.0%} of the sums are bf16 numbers")
+
+        torch.nn.modules.module.register_module_forward_pre_hook(watch)
+        register_optimizer_step_pre_hook(report)
+    watching_reward.calls += 1
+    return reward(completion_ids)
+
+
+failing_reward.calls = killing_reward.calls = infinite_reward.calls = watching_reward.calls = 0
 
 
 def scripted_rollouts(trainer, prompt_ids, *args, **kwargs):
