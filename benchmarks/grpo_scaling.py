@@ -30,6 +30,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import yaml
 from grpo_step import PHASES, ROOT, phases_of_steps, recipe, summary
@@ -54,10 +55,18 @@ ENGINE = "engine (its share of the GPU)"
 
 
 def end(process: subprocess.Popen) -> None:
-    """The process and all that it has started: they are a session of their own."""
+    """The process and all that it has started, torchrun's workers too, which are sessions of their own."""
+    started = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(10)
+    for child in started:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    psutil.wait_procs(started, timeout=5)  # the next launch needs their memory
 
 
 def free_port() -> int:

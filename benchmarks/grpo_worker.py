@@ -116,10 +116,13 @@ def main() -> int:
     parser.add_argument("--gate", type=Path, required=True, help="begin when this file exists")
     parser.add_argument("--facts", type=Path, required=True, help="a file for rank 0's")
     args, options = parser.parse_known_args()
+    parent = os.getppid()
     if not ON_GPU:
         use_cpu()
     vllm_problem()  # imports it
     while not args.gate.exists():
+        if os.getppid() != parent or not args.gate.parent.exists():  # nobody will open it
+            return 1
         time.sleep(0.02)
     train_grpo.FuraGRPOTrainer = MeasuredTrainer
     train_grpo.check_memory = check_memory
