@@ -27,8 +27,8 @@ def check(trainer: Any, checkpoint: Path) -> None:
     """Refuse what transformers would begin and not end.
 
     Raises:
-        FuraError: The run is spread by FSDP2 or DeepSpeed, and the checkpoint was not written so; or FSDP2 wrote it in
-            pieces.
+        FuraError: The run is spread by FSDP, and the checkpoint was not written so; or FSDP wrote it, and the run is
+            spread by DeepSpeed, or by nothing and the checkpoint is in pieces.
     """
     written = (checkpoint / MODEL).exists() or any(checkpoint.glob(f"{FSDP_MODEL_NAME}_*"))
     if trainer.is_fsdp_enabled and not written:
@@ -49,7 +49,8 @@ def load_model(model: Any, checkpoint: Path) -> None:
         model.load_state_dict(torch.load(checkpoint / MODEL, map_location="cpu", weights_only=True))
 
 
-def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
-    """Moments, steps and learning rates, by parameter names."""
+def load_optimizer(model: torch.nn.Module, optimizer: Any, checkpoint: Path) -> None:
+    """Moments, steps and learning rates, by parameter names, into an optimiser or accelerate's wrapper of one."""
     state = torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True)
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # the wrapper may skip the step that makes its state
     set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))

@@ -20,6 +20,7 @@ from unittest.mock import patch
 import requests
 import torch
 import transformers.trainer
+from accelerate.utils import load_fsdp_optimizer
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
@@ -99,7 +100,11 @@ class ResumableGRPOTrainer(GRPOTrainer):
         """Put adapter and optimiser back to a checkpoint; data and schedule go on, with new rollouts."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self._load_from_checkpoint(str(checkpoint))
-        if fsdp_checkpoints.is_whole(checkpoint):
+        if self.is_fsdp_enabled:
+            load_fsdp_optimizer(
+                self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, str(checkpoint)
+            )
+        elif fsdp_checkpoints.is_whole(checkpoint):
             fsdp_checkpoints.load_optimizer(self.model, self.optimizer, checkpoint)
         else:
             state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
@@ -212,6 +217,14 @@ class ResumableGRPOTrainer(GRPOTrainer):
         if metric is None:
             return None
         return checkpoints.best_checkpoint(Path(self.args.output_dir), metric, bool(self.args.greater_is_better))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As transformers does, which saves no adapter where FSDP writes its state in pieces."""
+        super().save_model(output_dir, _internal_call)
+        if self.is_fsdp_enabled and "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
+            state = self.accelerator.get_state_dict(self.model)
+            if self.args.should_save:
+                self._save(output_dir, state)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Adapter and tokenizer, without transformers' pickled `training_args.bin`."""
