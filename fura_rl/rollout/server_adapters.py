@@ -170,7 +170,7 @@ class ServerAdapters:
             raise
 
     async def _call(self, method: str, *args: Any) -> Reply:
-        return first_reply(await self.engine.collective_rpc(method, args=args))
+        return first_reply(await vllm_names.ask_workers(self.engine, method, *args))
 
     async def watch(self, run: str | Path) -> None:
         """Swaps in each new checkpoint of a training run, for ever. What is refused is logged once and left."""

@@ -19,6 +19,7 @@ Read from vLLM 0.31; what the names are for:
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import os
 from functools import reduce
@@ -41,6 +42,7 @@ IMPORTED = (
     "vllm.v1.engine.async_llm.AsyncLLM.pause_generation",
     "vllm.v1.engine.async_llm.AsyncLLM.resume_generation",
     "vllm.v1.engine.async_llm.AsyncLLM.collective_rpc",
+    "vllm.v1.engine.core_client.DPLBAsyncMPClient._call_utility_async",
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner.get_model",
     "vllm.model_executor.layers.linear.QKVParallelLinear.weight_loader",
     "vllm.model_executor.layers.linear.MergedColumnParallelLinear.weight_loader",
@@ -48,6 +50,7 @@ IMPORTED = (
     "vllm.model_executor.layers.linear.MergedColumnParallelLinear.weight_loader_v2",
     "vllm.model_executor.layers.linear.ColumnParallelLinear.weight_loader_v2",
     "vllm.model_executor.layers.linear.RowParallelLinear.weight_loader_v2",
+    "vllm.model_executor.layers.linear.LinearBase.update_param_tp_status",
     "vllm.model_executor.layers.linear.UnquantizedLinearMethod.create_weights",
     "vllm.model_executor.layers.linear.UnquantizedLinearMethod.process_weights_after_loading",
     "vllm.model_executor.models.qwen3.Qwen3ForCausalLM.packed_modules_mapping",
@@ -163,11 +166,8 @@ def shard_ids(module: nn.Module, count: int) -> list[tuple]:
 
     if count == 1:
         return [()]
-    return (
-        [(shard,) for shard in ("q", "k", "v")]
-        if isinstance(module, QKVParallelLinear)
-        else [(i,) for i in range(count)]
-    )
+    shards = ("q", "k", "v") if isinstance(module, QKVParallelLinear) else range(count)
+    return [(shard,) for shard in shards]
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -204,6 +204,7 @@ def store_weight(module: nn.Module, parts: list[torch.Tensor]) -> None:
             params_dtype=weight.dtype,
             weight_loader=attribute(module, "weight_loader_v2"),
         )
+        attribute(module, "update_param_tp_status")()  # a new parameter holds the process's rank, not the layer's
         _load(module, attribute(module, "weight"), parts)
     else:
         module.weight = nn.Parameter(torch.cat([part.to(weight.dtype) for part in parts]), requires_grad=False)
@@ -277,6 +278,17 @@ async def pause(engine: Any) -> None:
     else:
         await attribute(engine, "renderer.clear_mm_cache_async")()
         await pause_scheduler(mode="wait", clear_cache=True)
+
+
+async def ask_workers(engine: Any, method: str, *args: Any) -> list[Any]:
+    """`AsyncLLM.collective_rpc`, but with the replies of all data parallel engines: vLLM returns the first one's."""
+    client = engine.engine_core
+    engines = getattr(client, "core_engines", ())
+    if len(engines) < 2:
+        return await engine.collective_rpc(method, args=args)
+    ask = attribute(client, "_call_utility_async")
+    asked = (ask("collective_rpc", method, None, args, None, engine=one) for one in engines)
+    return [reply for replies in await asyncio.gather(*asked) for reply in replies]
 
 
 def logprobs_mode(engine: Any) -> str:
