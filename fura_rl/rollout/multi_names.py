@@ -1,4 +1,4 @@
-"""How adapters per request join vLLM's LoRA: the functions over the names that `vllm_names.PER_REQUEST` lists.
+"""How adapters per request join vLLM's LoRA: the functions over the names that `multi_imports` lists.
 
 Read from vLLM 0.26 and 0.31. A worker's LoRA manager keeps `max_loras` slots. It wraps each linear layer in a class of
 `_all_lora_classes`, loads an adapter through `_load_adapter`, hands its tensors for a slot to each wrapped layer
@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fura_rl.rollout.vllm_names import LORA_LAYERS, attribute
+from fura_rl.rollout.multi_imports import LORA_LAYERS
+from fura_rl.rollout.vllm_names import attribute
 
 
 def join_lora(

@@ -1,9 +1,9 @@
 """Every name of vLLM outside its documented interface that adapters in a running engine rest on.
 
-Those of adapters per request are listed here too; their functions are in `multi_names`.
+Those of adapters per request are listed in `multi_imports`; their functions are in `multi_names`.
 
 Documented, and so not here: `LLM.collective_rpc`, the options `--worker-extension-cls` and `--middleware`. When a
-new vLLM moves something, `missing_names()` says what, and only these two files have to follow.
+new vLLM moves something, `missing_names()` says what, and only these files have to follow.
 
 Read from vLLM 0.31; what the names are for:
 - a worker's `model_runner.get_model()` is the engine's model, `model_config` says which checkpoint it was loaded from;
@@ -30,6 +30,7 @@ import torch
 from torch import nn
 
 from fura_rl.errors import FuraError
+from fura_rl.rollout.multi_imports import PER_REQUEST
 
 WORKER_EXTENSION = "fura_rl.rollout.worker.FuraWorker"
 MIDDLEWARE = "fura_rl.rollout.middleware.FuraMiddleware"
@@ -54,39 +55,6 @@ IMPORTED = (
     "vllm.model_executor.layers.linear.UnquantizedLinearMethod.create_weights",
     "vllm.model_executor.layers.linear.UnquantizedLinearMethod.process_weights_after_loading",
     "vllm.model_executor.models.qwen3.Qwen3ForCausalLM.packed_modules_mapping",
-)
-
-LORA_LAYERS = (
-    "ColumnParallelLinearWithLoRA",
-    "MergedColumnParallelLinearWithLoRA",
-    "QKVParallelLinearWithLoRA",
-    "MergedQKVParallelLinearWithLoRA",
-    "RowParallelLinearWithLoRA",
-)
-_LORA_METHODS = (
-    "apply",
-    "can_replace_layer",
-    "create_lora_weights",
-    "reset_lora",
-    "set_lora",
-    "set_mapping",
-    "_apply_lora_to_output",
-)
-PER_REQUEST = (
-    *(f"vllm.lora.layers.{layer}.{method}" for layer in LORA_LAYERS for method in _LORA_METHODS),
-    "vllm.config.lora.LoRAConfig.compute_hash",
-    "vllm.config.vllm.get_current_vllm_config_or_none",
-    "vllm.lora.layers.LoRAMapping",
-    "vllm.lora.lora_model.LoRAModel",
-    "vllm.lora.lora_weights.LoRALayerWeights",
-    "vllm.lora.model_manager.get_supported_lora_modules",
-    "vllm.lora.punica_wrapper.punica_base.PunicaWrapperBase.update_metadata",
-    "vllm.lora.request.LoRARequest",
-    "vllm.lora.utils._all_lora_classes",
-    "vllm.lora.utils.get_adapter_absolute_path",
-    "vllm.lora.worker_manager.WorkerLoRAManager._load_adapter",
-    "vllm.v1.core.kv_cache_utils._gen_lora_extra_hash_keys",
-    "vllm.v1.engine.llm_engine.LLMEngine.add_lora",
 )
 
 
