@@ -21,8 +21,8 @@ def test_methods_rates_and_seeds(tiny_model, tiny_problems, tmp_path):
     command = [
         sys.executable, SCRIPT, "--model", str(tiny_model), "--train", str(tiny_problems / "train.jsonl"), "--test",
         str(tiny_problems / "test.jsonl"), "--unrelated", str(text), str(other), "--out", str(tmp_path / "rows.jsonl"),
-        "--steps", "8", "--warmup", "2", "--held-out", "16", "--methods", "fura", "lora:lora_r=4", "full", "--rates", "2e-3",
-        "full=1e-4", "full=1e-3",
+        "--steps", "8", "--warmup", "2", "--held-out", "16", "--methods", "fura", "lora:lora_r=4", "full", "--rates",
+        "2e-3", "full=1e-4", "full=1e-3",
     ]  # fmt: skip
 
     def run(*seeds):
