@@ -1,6 +1,7 @@
 """Fixtures that every test folder may use."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -9,6 +10,11 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+
+
+def pytest_configure() -> None:
+    """A shell's background jobs ignore Ctrl-C, and so would every process that a test starts and interrupts."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
