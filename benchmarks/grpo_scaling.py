@@ -19,7 +19,6 @@ import argparse
 import json
 import os
 import re
-import shlex
 import signal
 import socket
 import subprocess
@@ -33,8 +32,7 @@ from typing import Any
 import psutil
 import torch
 import yaml
-from grpo_step import PHASES, ROOT, phases_of_steps, recipe, summary
-from rich.console import Console
+from grpo_step import PHASES, ROOT, phases_of_steps, recipe, recipe_parser, report, summary
 from rich.table import Table
 
 CONFIGURATIONS = {name: name for name in ("ddp", "zero2", "zero3", "fsdp2")} | {"tp2": "ddp"}
@@ -208,23 +206,22 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     server: Server | None = None
     with ExitStack() as processes:
 
-        def prepared(name: str, before: str | None) -> Launch:
+        def prepared(name: str) -> Launch:
             nonlocal server
             if name in SERVED and server is None:
-                server = Server(recipe_of_server, args, folder)
+                server = Server(scaled_recipe(args, folder, 1), args, folder)
                 processes.callback(end, server.process)
             launch = Launch(name, args, folder, server if name in SERVED else None)
             processes.callback(end, launch.process)
             return launch
 
-        recipe_of_server = scaled_recipe(args, folder, 1)
         upcoming: Launch | None = None
         for i, name in enumerate(args.launches):
-            launch = upcoming or prepared(name, None)
+            launch = upcoming or prepared(name)
             following = args.launches[i + 1] if i + 1 < len(args.launches) else None
             # a server that is started meanwhile needs a GPU of its own
             free = following not in SERVED or server is not None or name == "single"
-            upcoming = prepared(following, name) if following and free and args.overlap else None
+            upcoming = prepared(following) if following and free and args.overlap else None
             row = launch.run()
             end(launch.process)
             if name in SERVED and following not in SERVED and server is not None:
@@ -240,11 +237,8 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = recipe_parser(__doc__.splitlines()[0])
     parser.add_argument("--launches", nargs="+", default=list(LAUNCHES), choices=LAUNCHES, metavar="LAUNCH")
-    parser.add_argument("--config", default=str(ROOT / "configs/qwen2.5-0.5b-gsm8k.yaml"), help="a recipe")
-    parser.add_argument("--model", help="in place of the recipe's")
-    parser.add_argument("--dataset", help="in place of the recipe's")
     parser.add_argument("--steps", type=int, default=5, help="of each launch; the first two do not count")
     parser.add_argument("--rollouts", type=int, default=256, help="a step, of all processes together")
     parser.add_argument("--tokens", type=int, default=256, help="of a completion at most")
@@ -253,17 +247,13 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=120.0, help="seconds after which a launch has failed")
     parser.add_argument("--engine", choices=ENGINES, default="recipe", help="with shorter starts: graphs, eager")
     parser.add_argument("--no-overlap", dest="overlap", action="store_false", help="import when it is a launch's turn")
-    parser.add_argument("--tiny", action="store_true", help="a small run on the CPU")
     args = parser.parse_args()
     if torch.cuda.device_count() == 1 and args.launches != ["single"]:
         parser.error("one GPU is visible: only --launches single can be measured")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends what was started
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(args, Path(folder))
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    title = f"{'tiny' if args.tiny else Path(args.config).stem}, {args.steps} steps, {device}"
-    Console(width=200).print(table(rows, title))
-    print(json.dumps(dict(title=title, command=shlex.join(sys.argv), date=time.strftime("%Y-%m-%d"), rows=rows)))
+    report(args, rows, table, 200)
 
 
 if __name__ == "__main__":

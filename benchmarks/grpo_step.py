@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -103,20 +104,31 @@ def table(rows: list[dict], title: str) -> Table:
     return table
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def report(args: argparse.Namespace, rows: list[dict], table: Callable[[list[dict], str], Table], width: int) -> None:
+    """The table, and JSON on the last line."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    title = f"{'tiny' if args.tiny else Path(args.config).stem}, {args.steps} steps, {device}"
+    Console(width=width).print(table(rows, title))
+    print(json.dumps(dict(title=title, command=shlex.join(sys.argv), date=time.strftime("%Y-%m-%d"), rows=rows)))
+
+
+def recipe_parser(description: str) -> argparse.ArgumentParser:
+    """With the options that `recipe` reads, but for the number of steps."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", default=str(ROOT / "configs/qwen2.5-0.5b-gsm8k.yaml"), help="a recipe")
     parser.add_argument("--model", help="in place of the recipe's")
     parser.add_argument("--dataset", help="in place of the recipe's")
+    parser.add_argument("--tiny", action="store_true", help="a small run on the CPU")
+    return parser
+
+
+def main() -> None:
+    parser = recipe_parser(__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", default=["fura", "lora", "full"], metavar="METHOD")
     parser.add_argument("--steps", type=int, default=6, help=f"of each method; the first {WARM_UP} do not count")
-    parser.add_argument("--tiny", action="store_true", help="a small run on the CPU")
     args = parser.parse_args()
     rows = [summary(method, measure(method, args)) for method in args.methods]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    title = f"{'tiny' if args.tiny else Path(args.config).stem}, {args.steps} steps, {device}"
-    Console(width=140).print(table(rows, title))
-    print(json.dumps(dict(title=title, command=shlex.join(sys.argv), date=time.strftime("%Y-%m-%d"), rows=rows)))
+    report(args, rows, table, 140)
 
 
 if __name__ == "__main__":

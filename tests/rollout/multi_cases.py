@@ -44,9 +44,9 @@ def gap(model, sequence, sampled) -> float:
     return max_gap([logprobs], [logits[range(len(tokens)), tokens].tolist()])
 
 
-def scored(server, model, ids):
+def scored(server, model, ids, headers=None):
     """Log-probs of tokens 1.. as the server's `model` computes them."""
-    response = server.complete(ids, model=model, max_tokens=1, prompt_logprobs=0)
+    response = server.complete(ids, headers, model=model, max_tokens=1, prompt_logprobs=0)
     assert response.status_code == 200, response.text
     entries = response.json()["choices"][0]["prompt_logprobs"]
     return [entry[str(token)]["logprob"] for token, entry in zip(ids[1:], entries[1:], strict=True)]

@@ -1,12 +1,9 @@
 """A server with two engines (`--data-parallel-size 2`): both have the weights that a change asks for, or neither."""
 
-import os
-from pathlib import Path
-
 import pytest
-from servers import Server
+from multi_cases import scored
 from swapping import max_gap, reference_logprobs
-from tensor_parallel import ENVIRONMENT, OPTIONS, TOLERANCE, TWO_RANKS
+from tensor_parallel import TOLERANCE, TWO_RANKS, start
 
 from fura_rl.errors import FuraError
 from fura_rl.rollout.client import FuraClient
@@ -17,11 +14,10 @@ pytestmark = TWO_RANKS
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, tiny_model, adapter_dir):
     folder = tmp_path_factory.mktemp("engines")
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-    server = Server(
-        tiny_model, folder / "log", "--data-parallel-size", "2", *OPTIONS, "--for-training", "--adapter-dir",
-        str(adapter_dir), "--worker-extension-cls", "tensor_parallel_worker.Extension", PYTHONPATH=path,
-        FURA_TEST_SHORT_OF_MEMORY=str(folder / "fault"), **ENVIRONMENT,
+    server = start(
+        tiny_model, folder / "log", "--for-training", "--adapter-dir", str(adapter_dir), "--worker-extension-cls",
+        "tensor_parallel_worker.Extension", spread="--data-parallel-size",
+        FURA_TEST_SHORT_OF_MEMORY=str(folder / "fault"),
     )  # fmt: skip
     server.fault = folder / "fault"
     try:
@@ -32,13 +28,7 @@ def server(tmp_path_factory, tiny_model, adapter_dir):
 
 def scores(server, sequences, engine):
     """Log-probs of tokens 1.. as one of the engines computes them."""
-    found = []
-    for ids in sequences:
-        response = server.complete(ids, {"X-data-parallel-rank": str(engine)}, max_tokens=1, prompt_logprobs=0)
-        assert response.status_code == 200, response.text
-        entries = response.json()["choices"][0]["prompt_logprobs"]
-        found.append([entry[str(token)]["logprob"] for token, entry in zip(ids[1:], entries[1:], strict=True)])
-    return found
+    return [scored(server, server.model, ids, {"X-data-parallel-rank": str(engine)}) for ids in sequences]
 
 
 def test_both_engines_change_their_weights(server, tiny_model, adapter_dir, sequences):
