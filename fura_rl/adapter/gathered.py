@@ -7,6 +7,8 @@ v) that share an input and have multipliers of their own.
 Shapes: T rows, K = n * b features, n blocks, b block size, S parts of a fused layer, A slots.
 """
 
+import itertools
+
 import torch
 from torch.nn import functional as F
 
@@ -49,8 +51,29 @@ def shard_blocks(delta: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:
     return delta[rank * (n // ranks) : (rank + 1) * (n // ranks)]
 
 
+def sort_rows(ids: torch.Tensor, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows in the order of their slots, those without one first: what `gathered_transform`'s kernel goes by.
+
+    Args:
+        ids: (T,) the slot of each row; anything below 0 or from `slots` on stands for none.
+        slots: A.
+
+    Returns:
+        A permutation of the rows (T,), and (A + 1,) where in it each slot's rows begin, and where the last ones end;
+        both int32.
+    """
+    known, order = torch.where(ids < slots, ids, -1).clamp(min=-1).sort(stable=True)
+    starts = torch.searchsorted(known, torch.arange(slots + 1, dtype=known.dtype, device=known.device))
+    return order.int(), starts.int()
+
+
 def gathered_transform(
-    x: torch.Tensor, delta: torch.Tensor, active: torch.Tensor, ids: torch.Tensor, order: torch.Tensor | None = None
+    x: torch.Tensor,
+    delta: torch.Tensor,
+    active: torch.Tensor,
+    ids: torch.Tensor,
+    order: torch.Tensor | None = None,
+    starts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`x + x D^T` for each part, with the `D` of each row's slot.
 
@@ -59,8 +82,8 @@ def gathered_transform(
         delta: (A, S, n, b, b).
         active: (A, S) int32; zero where a slot's adapter leaves a part as it is: its `D` is not read.
         ids: at least T, int32: the slot of each row; anything below 0 or from A on stands for none.
-        order: at least T, int32, the first T a permutation of the rows: in which the kernel takes them. Sorted by slot,
-            it has less to read; the result is the same.
+        order, starts: `sort_rows` of a batch of at most T rows; beyond these, `order` has each row itself. Found here
+            if None; on the CPU, not used.
 
     Returns:
         (S, T, K) in the dtype of `x`; rows without a slot are exactly those of `x`.
@@ -68,7 +91,9 @@ def gathered_transform(
     if transform.HAVE_KERNELS and (
         transform.kernel_choice == "triton" or (transform.kernel_choice == "auto" and x.is_cuda)
     ):
-        return gathered_kernels.run_gathered(x, delta, active, ids, order)
+        if order is None or starts is None:
+            order, starts = sort_rows(ids[: x.shape[0]], delta.shape[0])
+        return gathered_kernels.run_gathered(x, delta, active, order, starts)
     y_STK = x.expand(delta.shape[1], *x.shape).clone()
     ids = ids[: x.shape[0]]
     for slot in ids.unique().tolist():
@@ -80,12 +105,35 @@ def gathered_transform(
     return y_STK
 
 
+def linear_parts(
+    y_STK: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, sizes: list[int]
+) -> torch.Tensor:
+    """`y W^T + bias` of each part, side by side, (T, rows); neighbouring parts of one size in one batched product."""
+    T = y_STK.shape[1]
+    out = y_STK.new_empty(T, weight.shape[0]) if bias is None else bias.expand(T, -1).clone()
+    part = row = 0
+    for size, same in itertools.groupby(sizes):
+        count = len(list(same))
+        rows = slice(row, row + count * size)
+        weight_SKR = weight[rows].view(count, size, -1).transpose(1, 2)
+        out_STR = out[:, rows].view(T, count, size).transpose(0, 1)
+        y = y_STK[part : part + count]
+        if bias is not None:
+            out_STR.baddbmm_(y, weight_SKR) if count > 1 else out_STR[0].addmm_(y[0], weight_SKR[0])
+        elif count > 1:
+            torch.bmm(y, weight_SKR, out=out_STR)  # into its columns, without a copy
+        else:
+            torch.mm(y[0], weight_SKR[0], out=out_STR[0])
+        part, row = part + count, rows.stop
+    return out
+
+
 # Opaque to torch.compile, so that what is read from `counts` is not traced. It lies in CPU memory: reading it does not
 # wait for the device, and while a CUDA graph is captured it decides what the graph holds.
 torch.library.define(
     "fura::gathered_linear",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor delta, Tensor active, Tensor ids, Tensor order, Tensor counts,"
-    " int[] sizes) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor delta, Tensor active, Tensor ids, Tensor order, Tensor starts,"
+    " Tensor counts, int[] sizes) -> Tensor",
 )
 
 
@@ -97,6 +145,7 @@ def gathered_linear(
     active: torch.Tensor,
     ids: torch.Tensor,
     order: torch.Tensor,
+    starts: torch.Tensor,
     counts: torch.Tensor,
     sizes: list[int],
 ) -> torch.Tensor:
@@ -106,8 +155,7 @@ def gathered_linear(
         x: (*, K).
         weight: (rows, K), the weights of all parts one below the other.
         bias: (rows) or None.
-        delta, active, ids: see `gathered_transform`.
-        order: at least T, int32; begins with a permutation of the batch's rows, beyond them each row stands for itself.
+        delta, active, ids, order, starts: see `gathered_transform`.
         counts: two ints in CPU memory: the rows that have a slot, without any of which nothing is transformed, and the
             rows of the batch.
         sizes: the rows of each part.
@@ -115,7 +163,7 @@ def gathered_linear(
     Returns:
         (*, rows).
     """
-    return torch.ops.fura.gathered_linear(x, weight, bias, delta, active, ids, order, counts, sizes)
+    return torch.ops.fura.gathered_linear(x, weight, bias, delta, active, ids, order, starts, counts, sizes)
 
 
 @torch.library.impl("fura::gathered_linear", ("cpu", "cuda"))
@@ -127,6 +175,7 @@ def _(
     active: torch.Tensor,
     ids: torch.Tensor,
     order: torch.Tensor,
+    starts: torch.Tensor,
     counts: torch.Tensor,
     sizes: list[int],
 ) -> torch.Tensor:
@@ -134,19 +183,12 @@ def _(
     if not adapted:
         return F.linear(x, weight, bias)
     x_TK = x.reshape(-1, x.shape[-1])
-    y_STK = gathered_transform(x_TK, delta, active, ids, order if batch <= len(x_TK) else None)
-    if len(sizes) == 1:
-        out = F.linear(y_STK[0], weight, bias)
-    elif bias is None:
-        out = x.new_empty(y_STK.shape[1], weight.shape[0])
-        for y_TK, weight_s, out_s in zip(y_STK, weight.split(sizes), out.split(sizes, dim=1), strict=True):
-            torch.mm(y_TK, weight_s.T, out=out_s)  # into its columns, without a copy
-    else:
-        parts = zip(y_STK, weight.split(sizes), bias.split(sizes), strict=True)
-        out = torch.cat([F.linear(*part) for part in parts], dim=1)
+    known = (order, starts) if batch <= len(x_TK) else (None, None)
+    y_STK = gathered_transform(x_TK, delta, active, ids, *known)
+    out = F.linear(y_STK[0], weight, bias) if len(sizes) == 1 else linear_parts(y_STK, weight, bias, sizes)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
 @torch.library.register_fake("fura::gathered_linear")
-def _(x, weight, bias, delta, active, ids, order, counts, sizes):
+def _(x, weight, bias, delta, active, ids, order, starts, counts, sizes):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))

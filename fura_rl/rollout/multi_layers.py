@@ -27,6 +27,7 @@ class PerRequestLayer:
 
     Attributes:
         fura_settings: Of the engine, as it was started.
+        fura_slots: A.
         fura_delta: (A, S, n, b, b) in the engine's dtype, or None if this layer takes no FuRA adapters.
         fura_active: (A, S) int32: whether a slot's adapter changes a part.
         fura_refusal: Why it takes none.
@@ -35,6 +36,7 @@ class PerRequestLayer:
     """
 
     fura_settings: MultiSettings
+    fura_slots: int
     fura_delta: torch.Tensor | None
     fura_active: torch.Tensor
     fura_dense: torch.Tensor | None
@@ -52,7 +54,7 @@ class PerRequestLayer:
         # on a CPU vLLM's LoRA takes "none" for the last slot: one more, which stays zero
         more = 1 if self.device.type == "cpu" else 0
         super().create_lora_weights(max_loras + more, lora_config, model_config)  # type: ignore[misc]
-        self.fura_settings = MultiSettings.from_environment()
+        self.fura_settings, self.fura_slots = MultiSettings.from_environment(), max_loras
         self.fura_delta = self.fura_dense = None
         self.fura_rank, self.fura_ranks = multi_names.input_shard(self)
         b = self.fura_settings.block_size(self.input_size * self.fura_ranks)
@@ -76,7 +78,7 @@ class PerRequestLayer:
 
     def set_mapping(self, punica_wrapper: Any) -> None:
         super().set_mapping(punica_wrapper)  # type: ignore[misc]
-        rows_of(punica_wrapper)
+        rows_of(punica_wrapper, self.fura_slots)
 
     def reset_lora(self, index: int) -> None:
         super().reset_lora(index)  # type: ignore[misc]
@@ -104,7 +106,7 @@ class PerRequestLayer:
             return super().apply(x, bias)  # type: ignore[misc]
         sizes = list(self.output_slices)
         own = self.fura_delta, self.fura_active
-        y = gathered_linear(x, weight, bias, *own, rows.ids, rows.order, rows.counts, sizes)
+        y = gathered_linear(x, weight, bias, *own, rows.ids, rows.order, rows.starts, rows.counts, sizes)
         return self._apply_lora_to_output(x, y) if self.fura_settings.with_lora else y  # type: ignore[attr-defined]
 
     def own_blocks(self, name: str, number: int, delta: torch.Tensor, sample: torch.Tensor | None) -> torch.Tensor:

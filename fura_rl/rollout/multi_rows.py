@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fura_rl.adapter.gathered import sort_rows
 from fura_rl.rollout import multi_names
 
 
@@ -17,16 +18,18 @@ class AdapterRows:
 
     Attributes:
         ids: (most rows of a batch) int32 on the device: a row's slot, or -1, beyond the batch too.
-        order: As many: the batch's rows, sorted by slot; beyond the batch each row stands for itself. The memory of
-            both never moves.
+        order: As many: the batch's rows, sorted by slot; beyond the batch each row stands for itself.
+        starts: (A + 1) where in `order` each slot's rows begin, and where the last ones end. The memory of these three
+            never moves.
         counts: Two ints in CPU memory: how many rows of this batch have a slot, and how many it has.
         fura: The engine's numbers of the adapters that are FuRA.
         lora: Those that are LoRA.
     """
 
-    def __init__(self, max_rows: int, device: torch.device) -> None:
+    def __init__(self, max_rows: int, slots: int, device: torch.device) -> None:
         self.ids = torch.full((max_rows,), -1, dtype=torch.int32, device=device)
         self.order = torch.arange(max_rows, dtype=torch.int32, device=device)
+        self.starts = torch.zeros(slots + 1, dtype=torch.int32, device=device)
         self.counts = torch.zeros(2, dtype=torch.int64)
         self.fura: set[int] = set()
         self.lora: set[int] = set()
@@ -45,17 +48,17 @@ class AdapterRows:
         slots = {adapter: slot for slot, adapter in enumerate(slot_adapters) if adapter not in self.lora}
         slots[None], slots[0] = -1, -1
         rows = torch.tensor([slots.get(adapter, -1) for adapter in adapters], dtype=torch.int32)
+        order, starts = sort_rows(rows, len(self.starts) - 1)
         changed = max(len(rows), int(self.counts[1]))  # what the last batch had, and this one has not, is taken back
-        on_host = torch.empty(2, changed, dtype=torch.int32, pin_memory=self.ids.is_cuda)
-        on_host[0].fill_(-1)[: len(rows)] = rows
-        torch.arange(changed, out=on_host[1])
-        on_host[1, : len(rows)] = rows.argsort(stable=True)
-        for own, new in zip((self.ids, self.order), on_host, strict=True):
-            own[:changed].copy_(new, non_blocking=True)
+        none, themselves = torch.full((changed,), -1), torch.arange(changed)
+        news = torch.cat([rows, none[len(rows) :]]), torch.cat([order, themselves[len(rows) :]]), starts
+        for own, new in zip((self.ids, self.order, self.starts), news, strict=True):
+            new = new.int()
+            own[: len(new)].copy_(new.pin_memory() if own.is_cuda else new, non_blocking=True)
         self.counts.copy_(torch.tensor([int((rows >= 0).sum()), len(rows)]))
 
 
-def rows_of(punica_wrapper: Any) -> AdapterRows:
+def rows_of(punica_wrapper: Any, slots: int) -> AdapterRows:
     """The rows that follow a LoRA wrapper's `update_metadata`, which says what each batch holds.
 
     On a device, LoRA's own kernels no longer see rows of FuRA adapters. On a CPU they do, and multiply by zero: there,
@@ -63,7 +66,7 @@ def rows_of(punica_wrapper: Any) -> AdapterRows:
     """
     if not hasattr(punica_wrapper, "fura_rows"):
         size, device = multi_names.row_capacity(punica_wrapper)
-        rows = AdapterRows(size, device)
+        rows = AdapterRows(size, slots, device)
         update = punica_wrapper.update_metadata
 
         def update_both(mapping: Any, slot_adapters: list[int | None], *args: Any, **kwargs: Any) -> None:

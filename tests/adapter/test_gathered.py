@@ -5,7 +5,13 @@ import torch
 from kernel_cases import DTYPES, INTERPRETED, ROUNDING, kernels, relative_error, run_in_interpreter
 
 from fura_rl.adapter.errors import AdapterError
-from fura_rl.adapter.gathered import gathered_linear, gathered_transform, shard_blocks, widen_blocks
+from fura_rl.adapter.gathered import (
+    gathered_linear,
+    gathered_transform,
+    shard_blocks,
+    sort_rows,
+    widen_blocks,
+)
 
 SLOTS, PARTS = 5, 3
 # (n, b): powers of two, the sizes of real models that are none, blocks of several tiles, the smallest
@@ -52,14 +58,15 @@ def check(arguments):
     found = gathered_transform(*arguments)
     assert found.dtype == arguments[0].dtype
     assert relative_error(found, expected(*arguments)) < ROUNDING[found.dtype]
-    assert torch.equal(gathered_transform(*arguments, sorted_rows(*arguments)), found)
+    assert torch.equal(gathered_transform(*arguments, *sorted_rows(*arguments)), found)
     return found
 
 
-def sorted_rows(x, delta, active, ids):
-    """An order as long as `ids`: rows by slot, then what lies beyond them."""
-    rows = ids[: len(x)].argsort(stable=True)
-    return torch.cat([rows, torch.arange(len(x), len(ids), device=ids.device)]).int()
+def sorted_rows(x, delta, active, ids, batch=None):
+    """An order as long as `ids`: the batch's rows by slot, then what lies beyond them."""
+    batch = len(x) if batch is None else batch
+    order, starts = sort_rows(ids[:batch], len(delta))
+    return torch.cat([order, torch.arange(batch, len(ids), device=ids.device).int()]), starts
 
 
 def devices(function):
@@ -106,6 +113,36 @@ def test_rows_without_an_adapter_are_untouched_and_neighbours_do_not_matter(devi
 
 
 @devices
+@pytest.mark.parametrize("batch", [0, 1, 9, 20])
+def test_rows_beyond_the_batch_are_untouched(device, batch):
+    """A captured graph has more rows than the batch, whose memory may hold an older batch's slots."""
+    x, delta, active, ids = case(device, torch.float32, 2, 16, rows=20)
+    known = sorted_rows(x, delta, active, ids, batch)
+    own = torch.cat([ids[:batch], torch.full_like(ids[batch:], -1)])
+    found = gathered_transform(x, delta, active, own, *known)
+    assert relative_error(found, expected(x, delta, active, own)) < ROUNDING[torch.float32]
+    assert torch.equal(found[:, batch:], x[batch:].expand(PARTS, -1, -1))
+
+
+@devices
+def test_many_small_groups(device):
+    """More slots than rows, and groups that fill several tiles with a rest."""
+    generator = torch.Generator().manual_seed(5)
+    slots = 33
+    delta = (torch.randn(slots, 1, 2, 16, 16, generator=generator) / 4).to(device)
+    active = torch.ones(slots, 1, dtype=torch.int32, device=device)
+    for ids in ([32, 0, 31], [7] * 17 + [-1] * 16 + [32] * 33 + [0]):
+        x = torch.randn(len(ids), 32, generator=generator).to(device)
+        check((x, delta, active, torch.tensor(ids, dtype=torch.int32, device=device)))
+
+
+def test_the_order_of_rows():
+    order, starts = sort_rows(torch.tensor([2, -1, 0, 5, 2, 3], dtype=torch.int32), 3)
+    assert order.tolist() == [1, 3, 5, 2, 0, 4]
+    assert starts.tolist() == [3, 4, 4, 6]
+
+
+@devices
 def test_rows_of_a_wider_tensor(device):
     x, *rest = case(device, torch.float32, 2, 16, rows=20)
     wide = torch.cat([x, x], dim=1)[:, :32]
@@ -115,7 +152,7 @@ def test_rows_of_a_wider_tensor(device):
 
 @devices
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("sizes", [[7, 3, 3], [8]])
+@pytest.mark.parametrize("sizes", [[7, 3, 3], [8], [5, 5], [2, 3, 4]])
 def test_fused_layers(device, bias, sizes):
     """Each part's rows of the weight see their own multiplier; leading dimensions are kept."""
     generator = torch.Generator().manual_seed(1)
@@ -123,14 +160,14 @@ def test_fused_layers(device, bias, sizes):
     delta, active = delta[:, : len(sizes)].contiguous(), active[:, : len(sizes)].contiguous()
     weight = torch.randn(sum(sizes), 48, generator=generator).to(device)
     offset = torch.randn(sum(sizes), generator=generator).to(device) if bias else None
-    arguments = (x.view(2, 12, 48), weight, offset, delta, active, ids, sorted_rows(x, delta, active, ids))
+    arguments = (x.view(2, 12, 48), weight, offset, delta, active, ids, *sorted_rows(x, delta, active, ids))
     found = gathered_linear(*arguments, torch.tensor([9, 24]), sizes)
     inputs = expected(x, delta, active, ids)
     rows = zip(inputs, weight.double().cpu().split(sizes), strict=True)
     reference = torch.cat([y @ w.T for y, w in rows], dim=1).view(2, 12, -1)
     assert relative_error(found, reference if offset is None else reference + offset.double().cpu()) < 1e-5
     order = torch.full_like(ids, 2**30)  # a longer batch's: not of use here, and must not be read
-    assert torch.equal(gathered_linear(*arguments[:-1], order, torch.tensor([9, 25]), sizes), found)
+    assert torch.equal(gathered_linear(*arguments[:-2], order, arguments[-1], torch.tensor([9, 25]), sizes), found)
     base = gathered_linear(*arguments, torch.tensor([0, 24]), sizes)
     assert torch.equal(base, torch.nn.functional.linear(arguments[0], weight, offset))
 
@@ -140,10 +177,10 @@ def test_the_operator_compiles(device):
     """As one opaque node that still reads `counts` at run time."""
     x, delta, active, ids = case(device, torch.float32, 2, 16, rows=8)
     weight = torch.randn(6, 32, device=device)
-    order, counts = sorted_rows(x, delta, active, ids), torch.tensor([0, 8])
+    (order, starts), counts = sorted_rows(x, delta, active, ids), torch.tensor([0, 8])
 
     def layer(x):
-        return gathered_linear(x, weight, None, delta, active, ids, order, counts, [2, 2, 2]) * 2
+        return gathered_linear(x, weight, None, delta, active, ids, order, starts, counts, [2, 2, 2]) * 2
 
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     base = compiled(x)

@@ -244,13 +244,14 @@ def test_the_rows_of_a_batch():
     """FuRA's kernels see the rows of FuRA adapters, LoRA's those of LoRA; what vLLM makes up to warm up is both."""
     from vllm.lora.layers import LoRAMapping
 
-    rows = AdapterRows(8, torch.device("cpu"))
-    addresses = rows.ids.data_ptr(), rows.order.data_ptr()
+    rows = AdapterRows(8, 4, torch.device("cpu"))
+    addresses = rows.ids.data_ptr(), rows.order.data_ptr(), rows.starts.data_ptr()
     rows.add(5, fura=True)
     rows.add(6, fura=False)
     rows.set((5, 6, 0, 7, 5), [6, 5, 7, None])
     assert rows.ids.tolist() == [1, -1, -1, 2, 1, -1, -1, -1] and rows.any_adapted
     assert rows.order.tolist() == [1, 2, 0, 4, 3, 5, 6, 7] and rows.counts.tolist() == [3, 5]  # by slot, and stable
+    assert rows.starts.tolist() == [2, 2, 4, 5, 5]
     seen_by_lora = without_adapters(LoRAMapping((5, 6, 0, 7, 5), (5, 6), is_prefill=True), rows.fura)
     assert seen_by_lora == LoRAMapping((0, 6, 0, 7, 0), (0, 6), is_prefill=True)
     rows.set((6, 0), [6, 5, 7, None])
@@ -258,4 +259,4 @@ def test_the_rows_of_a_batch():
     rows.add(5, fura=False)  # a number that is given again
     rows.set((5,), [6, 5, 7, None])
     assert not rows.any_adapted and rows.fura == set()
-    assert (rows.ids.data_ptr(), rows.order.data_ptr()) == addresses
+    assert (rows.ids.data_ptr(), rows.order.data_ptr(), rows.starts.data_ptr()) == addresses
