@@ -23,7 +23,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from fura_rl.availability import set_engine_environment
 from fura_rl.errors import FuraError
-from fura_rl.rollout import vllm_names
+from fura_rl.rollout import shared, vllm_names
 from fura_rl.rollout.in_place import InPlaceMerge
 from fura_rl.rollout.merged import checkpoint_name, merged_weights
 from fura_rl.rollout.probe import score_in_process, score_on_server
@@ -96,7 +96,7 @@ class FuraVLLMGeneration(VLLMGeneration):
         make_llm = vllm_generation.LLM
 
         def llm(**trl_kwargs: Any) -> Any:
-            made = make_llm(**{**trl_kwargs, **defaults, **self.engine_kwargs})
+            made = shared.engine(make_llm, {**trl_kwargs, **defaults, **self.engine_kwargs})
             if self.enable_sleep_mode:  # TRL asks for level 2, and wakes what a probe has woken before
                 made.sleep = lambda level=2: type(made).sleep(made, level=self.sleep_level)
                 made.wake_up = lambda tags: vllm_names.wake_up(made, tags)

@@ -10,9 +10,10 @@ A sweep is a YAML file:
       lora: {learning_rate: [1.0e-3, 3.0e-3], lora_r: 8}
     seeds: [1, 2, 3]
 
-A list below a method makes one run for each of its values. Each run is a process of its own in `output_dir/<name>`:
-what is done is not made again, what was interrupted goes on from its last checkpoint, and what was begun with other
-options is refused. `--only N` makes one run, for the arrays of a scheduler; the table reads whatever is there.
+A list below a method makes one run for each of its values, in `output_dir/<name>`. Runs with a colocated vLLM engine
+share a process and that engine, one after the other; others have a process of their own. What is done is not made
+again, what was interrupted goes on from its last checkpoint, and what was begun with other options is refused.
+`--only N` makes one run, for the arrays of a scheduler; the table reads whatever is there.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ import yaml
 from fura_rl.errors import FuraError
 from fura_rl.trainer.checkpoints import list_checkpoints
 from fura_rl.trainer.sweep_results import plot_sweep, summarise, sweep_table
+from fura_rl.trainer.sweep_worker import RunWorker, can_share
 
 KEYS = {"recipe", "output_dir", "options", "methods", "seeds"}
 RECIPE = "sweep_recipe.yaml"  # in a run's folder: with which options it was begun
@@ -121,53 +123,80 @@ def check_unchanged(run: SweepRun) -> None:
         )
 
 
-def train_one(run: SweepRun, gpu: int | None = None, threads: int | None = None) -> int:
-    """Make a run, or go on with it; its output goes to `log.txt`. Returns the exit status.
+class Slot:
+    """Where runs are made one after the other: on a GPU, or on the CPU.
 
     Args:
-        run: Which.
-        gpu: The only one that it may see; None leaves that as it is.
+        gpu: The only one that the runs may see; None leaves that as it is.
         threads: Of the CPU; None leaves that as it is.
+        share_engine: Make runs with a colocated engine in one process, which starts the engine once.
     """
-    run.folder.mkdir(parents=True, exist_ok=True)
-    options = dict(run.options)
-    if list_checkpoints(run.folder):
-        options["resume_from_checkpoint"] = "latest"
-    recipe = run.folder / RECIPE
-    recipe.write_text(yaml.safe_dump(options), encoding="utf-8")
-    environment = dict(os.environ)
-    if gpu is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
-    if threads is not None:
-        environment["OMP_NUM_THREADS"] = str(threads)
-    with (run.folder / "log.txt").open("a", encoding="utf-8") as log:
-        command = [sys.executable, "-m", "fura_rl.train_grpo", "--config", str(recipe)]
-        return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
+
+    def __init__(self, gpu: int | None = None, threads: int | None = None, share_engine: bool = True) -> None:
+        self.environment = dict(os.environ)
+        if gpu is not None:
+            self.environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        if threads is not None:
+            self.environment["OMP_NUM_THREADS"] = str(threads)
+        self.share_engine = share_engine
+        self.worker = RunWorker(self.environment)
+
+    def make(self, run: SweepRun) -> bool:
+        """Make a run, or go on with it; its output goes to `log.txt`. Returns whether it is done."""
+        run.folder.mkdir(parents=True, exist_ok=True)
+        options = dict(run.options)
+        if list_checkpoints(run.folder):
+            options["resume_from_checkpoint"] = "latest"
+        recipe, log = run.folder / RECIPE, run.folder / "log.txt"
+        recipe.write_text(yaml.safe_dump(options), encoding="utf-8")
+        if self.share_engine and can_share(options):
+            status = self.worker.make(recipe, log)
+        else:
+            self.worker.close()  # its engine's memory is needed
+            command = [sys.executable, "-m", "fura_rl.train_grpo", "--config", str(recipe)]
+            with log.open("a", encoding="utf-8") as output:
+                status = subprocess.run(
+                    command, stdout=output, stderr=subprocess.STDOUT, env=self.environment
+                ).returncode
+        done = status == 0 and run.summary is not None
+        if not done:
+            self.worker.close()  # the next run gets a process that nothing has happened to
+        return done
 
 
-def train_all(runs: list[SweepRun], gpus: int, jobs: int = 1) -> list[SweepRun]:
+def train_all(runs: list[SweepRun], gpus: int, jobs: int = 1, share_engine: bool = True) -> list[SweepRun]:
     """Make the runs that are missing, `jobs` at a time on each GPU, or on the CPU; returns those that failed."""
-    slots = [gpu for gpu in (range(gpus) if gpus else [None]) for _ in range(jobs)]
-    threads = max((os.cpu_count() or 1) // len(slots), 1) if jobs > 1 else None
-    free: Queue[int | None] = Queue()
+    places = [gpu for gpu in (range(gpus) if gpus else [None]) for _ in range(jobs)]
+    threads = max((os.cpu_count() or 1) // len(places), 1) if jobs > 1 else None
+    slots = [Slot(gpu, threads, share_engine) for gpu in places]
+    free: Queue[Slot] = Queue()
     for slot in slots:
         free.put(slot)
 
     def make(run: SweepRun) -> bool:
-        gpu = free.get()
+        slot = free.get()
         try:
-            status = train_one(run, gpu, threads)
+            done = slot.make(run)
         finally:
-            free.put(gpu)
+            free.put(slot)
         curve = run.curve()
         outcome = f"accuracy {curve[0][1]:.3f} -> {curve[-1][1]:.3f}" if curve else f"failed, see {run.folder}/log.txt"
         print(f"{run.folder.name}: {outcome}", flush=True)
-        return status == 0 and run.summary is not None
+        return done
 
     missing = [run for run in runs if run.summary is None]
     print(f"{len(runs)} runs, {len(runs) - len(missing)} done before", flush=True)
-    with ThreadPoolExecutor(len(slots)) as pool:
-        return [run for run, good in zip(missing, pool.map(make, missing), strict=True) if not good]
+    try:
+        with ThreadPoolExecutor(len(slots)) as pool:
+            try:
+                return [run for run, good in zip(missing, pool.map(make, missing), strict=True) if not good]
+            except BaseException:  # Ctrl-C reaches the runs of a terminal by itself; it may have come to this one only
+                for slot in slots:
+                    slot.worker.interrupt()
+                raise
+    finally:
+        for slot in slots:
+            slot.worker.close()
 
 
 def sweep_command(
@@ -182,6 +211,10 @@ def sweep_command(
         int | None, typer.Option(help="Make only the run of this number (from 0), for a job array.")
     ] = None,
     list_runs: Annotated[bool, typer.Option("--list", help="List the runs and whether they are done.")] = False,
+    share_engine: Annotated[
+        bool,
+        typer.Option(help="Make runs with a colocated engine in one process, one after the other; results are equal."),
+    ] = True,
     table: Annotated[bool, typer.Option("--table", help="Make no run: the table of what is done.")] = False,
 ) -> None:
     """Compare methods: make the runs of a sweep that are missing, then a table and plots of all of them."""
@@ -193,9 +226,9 @@ def sweep_command(
     if only is not None:
         if not 0 <= only < len(runs):
             raise FuraError(f"{path} has runs 0 to {len(runs) - 1}; there is no run {only}.")
-        failed = train_all([runs[only]], gpus=0)
+        failed = train_all([runs[only]], gpus=0, share_engine=False)
     else:
-        failed = [] if table else train_all(runs, gpus, jobs)
+        failed = [] if table else train_all(runs, gpus, jobs, share_engine)
         rows = summarise(runs)
         if rows:
             folder = runs[0].folder.parent
