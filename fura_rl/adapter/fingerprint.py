@@ -18,9 +18,13 @@ def sample_entries(weight: torch.Tensor) -> torch.Tensor:
 
 def is_other_weight(recorded: torch.Tensor, found: torch.Tensor) -> bool:
     """Whether two samples come from different weights, rather than from one in two precisions or fine-tunings."""
-    recorded = recorded.to(found.device)
-    scale = torch.maximum(recorded.norm(), found.norm())
-    return bool((recorded - found).norm() > DIFFERENT * scale)
+    return bool(are_other_weights(recorded.to(found.device), found))
+
+
+def are_other_weights(recorded: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """`is_other_weight` of many samples (*, 64) at once, as booleans (*)."""
+    scale = torch.maximum(recorded.norm(dim=-1), found.norm(dim=-1))
+    return (recorded - found).norm(dim=-1) > DIFFERENT * scale
 
 
 def weight_fingerprint(weight: torch.Tensor) -> torch.Tensor:

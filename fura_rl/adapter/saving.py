@@ -82,11 +82,12 @@ def compact_tensors(name: str, layer: FuraLayer, adapter_name: str) -> Tensors:
     return kept
 
 
-def read_adapter(path: str | Path) -> tuple[FuraConfig, dict[str, Tensors], Tensors]:
+def read_adapter(path: str | Path, check: bool = True) -> tuple[FuraConfig, dict[str, Tensors], Tensors]:
     """The configuration of a saved adapter, its tensors by module name, and the tensors of `modules_to_save`.
 
     Args:
         path: the adapter's folder, or a file in it.
+        check: False leaves `check_values` to the caller.
 
     Raises:
         AdapterError: if it is no FuRA adapter, or its file is missing, truncated, pickled or holds broken values.
@@ -118,7 +119,8 @@ def read_adapter(path: str | Path) -> tuple[FuraConfig, dict[str, Tensors], Tens
         else:
             others[key] = value
     for module, blocks in modules.items():
-        check_values(module, blocks)
+        if check:
+            check_values(module, blocks)
         if "core" not in blocks:
             raise AdapterError(f"{weights} lacks the core of {module}.")
     return config, modules, others

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fura_rl.adapter.fingerprint import is_other_weight, sample_entries
+from fura_rl.adapter.fingerprint import are_other_weights, sample_entries
 from fura_rl.errors import FuraError
 from fura_rl.rollout import vllm_names
 from fura_rl.rollout.multiplier import Multiplier
@@ -68,6 +68,8 @@ class InEngineAdapter:
     def prepare(self, adapter: Adapter | None) -> Merge:
         """Checks an adapter against the engine and its base; None stands for the base itself.
 
+        What a first commit needs to know of a layer is looked up here, where no request waits for it.
+
         Raises:
             FuraError: the adapter does not fit. The engine is as it was.
         """
@@ -79,7 +81,13 @@ class InEngineAdapter:
         multipliers = adapter.multipliers(self.pristine.device)
         layers = {layer.path: layer for layer in map(self._find_layer, multipliers)}
         for name, multiplier in multipliers.items():
-            self._check_fit(name, multiplier, adapter.modules[name].get("base_sample"))
+            self._check_fit(name, multiplier)
+        self._check_base(
+            {name: tensors["base_sample"] for name, tensors in adapter.modules.items() if "base_sample" in tensors}
+        )
+        for layer in layers.values():
+            if layer.path not in self._rows and (rows := self._find_rows(layer)):
+                self._rows[layer.path] = rows
         return Merge(multipliers, layers)
 
     def _find_layer(self, name: str) -> EngineLayer:
@@ -110,7 +118,7 @@ class InEngineAdapter:
                 )
         return EngineLayer(path, module, parts)
 
-    def _check_fit(self, name: str, multiplier: Multiplier, sample: torch.Tensor | None) -> None:
+    def _check_fit(self, name: str, multiplier: Multiplier) -> None:
         shape = self.pristine.shape(f"{name}.weight")
         adapted = shape[1 if multiplier.side == "input" else 0]
         width = multiplier.width
@@ -119,12 +127,20 @@ class InEngineAdapter:
                 f"The adapter was made for another base model: its blocks of {name} cover {width} features, this "
                 f"model has {adapted}."
             )
-        if sample is not None and is_other_weight(sample, self._base_sample(name)):
-            raise FuraError(f"The adapter was made for another base model: the weight of {name} differs altogether.")
         if multiplier.bias is not None:
             bias = f"{name}.bias"
             if bias not in self.pristine or self.pristine.shape(bias) != tuple(multiplier.bias.shape):
                 raise FuraError(f"The adapter was made for another base model: it trains a bias of {name}.")
+
+    def _check_base(self, samples: dict[str, torch.Tensor]) -> None:
+        if samples:
+            found = torch.stack([self._base_sample(name) for name in samples])
+            others = are_other_weights(torch.stack(list(samples.values())), found)  # each operation counts: see worker
+            if others.any():
+                name = list(samples)[int(others.nonzero()[0])]
+                raise FuraError(
+                    f"The adapter was made for another base model: the weight of {name} differs altogether."
+                )
 
     def _base_sample(self, name: str) -> torch.Tensor:
         if name not in self._samples:  # reading a weight means copying it to the device
@@ -190,19 +206,31 @@ class InEngineAdapter:
     def _rows_of(self, layer: EngineLayer) -> list[torch.Tensor] | None:
         """The parts of a layer's weight, if it holds them as they are, one below the other; None if only vLLM knows.
 
-        Looked up before the layer is written for the first time, in what vLLM's loader makes of the base.
+        Looked up before the layer is written for the first time: as it is, or else in what vLLM's loader makes of the
+        base.
         """
         if layer.path not in self._rows:
-            weight = vllm_names.attribute(layer.module, "weight")
-            sizes = [self.pristine.shape(f"{part}.weight")[0] for part in layer.parts]
-            self._rows[layer.path] = None
-            if weight.numel() and not vllm_names.is_split(layer.module) and len(weight) == sum(sizes):
-                base = [self.pristine[f"{part}.weight"].to(weight.dtype) for part in layer.parts]
+            base = self._base_of(layer)
+            if base is not None:
                 vllm_names.store_weight(layer.module, base)
-                rows = list(weight.data.split(sizes))
-                if all(torch.equal(row, part) for row, part in zip(rows, base, strict=True)):
-                    self._rows[layer.path] = rows
+            self._rows[layer.path] = self._find_rows(layer)
         return self._rows[layer.path]
+
+    def _find_rows(self, layer: EngineLayer) -> list[torch.Tensor] | None:
+        """Where the base's parts lie in a layer that holds the base; None if they don't, or not as rows."""
+        base = self._base_of(layer)
+        if base is None:
+            return None
+        rows = list(vllm_names.attribute(layer.module, "weight").data.split([len(part) for part in base]))
+        return rows if all(torch.equal(row, part) for row, part in zip(rows, base, strict=True)) else None
+
+    def _base_of(self, layer: EngineLayer) -> list[torch.Tensor] | None:
+        """The base's parts of a layer, in the engine's dtype; None if they cannot be rows of its weight."""
+        weight = vllm_names.attribute(layer.module, "weight")
+        rows = sum(self.pristine.shape(f"{part}.weight")[0] for part in layer.parts)
+        if not weight.numel() or vllm_names.is_split(layer.module) or len(weight) != rows:
+            return None
+        return [self.pristine[f"{part}.weight"].to(weight.dtype) for part in layer.parts]
 
     def _merge_into(self, part: str, multiplier: Multiplier | None, out: torch.Tensor) -> None:
         weight = self.pristine[f"{part}.weight"]

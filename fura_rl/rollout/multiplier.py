@@ -52,11 +52,14 @@ class Multiplier:
 def multiplier(blocks: FuraBlocks, tensors: Tensors) -> Multiplier:
     """Of `tensors` in place of those of `blocks`, which have the same shapes.
 
-    `D` takes one launch where there is a kernel for it.
+    `D` takes one launch where there is a kernel for it, and nothing where the core is `D`: in the delta form.
     """
+    tensors = {key: value for key, value in tensors.items() if key != "base_sample"}
     precise = {key: value.to(torch.promote_types(value.dtype, torch.float32)) for key, value in tensors.items()}
     core = precise["core"]
-    if (
+    if blocks.basis_kind == "identity" and blocks.singular_values == "merged" and "fold" not in precise:
+        delta = core
+    elif (
         have_kernels(core)
         and core.dtype == torch.float32
         and core.shape[1] <= merge_kernel.LARGEST_BLOCK

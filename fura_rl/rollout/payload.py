@@ -18,7 +18,7 @@ from safetensors.torch import load, save
 
 from fura_rl.adapter.blocks import FuraBlocks
 from fura_rl.adapter.config import FuraConfig
-from fura_rl.adapter.loading import Tensors, check_values
+from fura_rl.adapter.loading import Tensors, are_sound, check_values
 from fura_rl.adapter.saving import read_adapter
 from fura_rl.errors import FuraError
 from fura_rl.rollout.change import GROUP, decode, encode, is_close
@@ -43,6 +43,8 @@ class Adapter:
     family: dict[str, Any]
     modules: dict[str, Tensors]
     _frozen_digests: dict[str, bytes] = field(default_factory=dict, repr=False, compare=False)  # by module
+    # what `to` has made: all tensors of one name and shape at once
+    _stacks: tuple[tuple[str, torch.Tensor], ...] = field(default=(), repr=False, compare=False)
 
     @cached_property
     def checksum(self) -> str:
@@ -102,28 +104,45 @@ class Adapter:
 
     def to(self, device: torch.device) -> Adapter:
         """On `device`, in float32 or more, through one copy. Samples of the base stay: they are compared on the CPU."""
-        moved = [
-            (module, key, value)
-            for module, tensors in self.modules.items()
-            for key, value in tensors.items()
-            if key != "base_sample"
-        ]
-        if all(value.device == device for _, _, value in moved):
+        groups: dict[tuple[str, torch.Size], list[tuple[str, torch.Tensor]]] = {}
+        dtype, is_there = torch.float32, True
+        modules: dict[str, Tensors] = {module: {} for module in self.modules}
+        for module, tensors in self.modules.items():
+            for key, value in tensors.items():
+                if key == "base_sample":
+                    modules[module][key] = value
+                else:
+                    groups.setdefault((key, value.shape), []).append((module, value))
+                    dtype = torch.promote_types(dtype, value.dtype)
+                    is_there = is_there and value.device == device
+        if is_there:
             return self
-        dtype = torch.float32
-        for _, _, value in moved:
-            dtype = torch.promote_types(dtype, value.dtype)
-        sizes = [value.numel() for _, _, value in moved]
-        flat = torch.empty(sum(sizes), dtype=dtype, pin_memory=device.type == "cuda")
-        for (_, _, value), part in zip(moved, flat.split(sizes), strict=True):
-            part.copy_(value.reshape(-1))
-        modules = {
-            name: {key: value for key, value in tensors.items() if key == "base_sample"}
-            for name, tensors in self.modules.items()
-        }
-        for (module, key, value), part in zip(moved, flat.to(device, non_blocking=True).split(sizes), strict=True):
-            modules[module][key] = part.view(value.shape)
-        return Adapter(self.family, modules)
+        values = [value.reshape(-1) for members in groups.values() for _, value in members]
+        flat = torch.empty(sum(map(len, values)), dtype=dtype, pin_memory=device.type == "cuda")
+        flat = torch.cat(values, out=flat).to(device, non_blocking=True)
+        sizes = [len(members) * shape.numel() for (_, shape), members in groups.items()]
+        stacks = []
+        for ((key, shape), members), part in zip(groups.items(), flat.split(sizes), strict=True):
+            stack = part.view(len(members), *shape)
+            stacks.append((key, stack))
+            for (module, _), value in zip(members, stack.unbind(), strict=True):
+                modules[module][key] = value
+        return Adapter(self.family, modules, _stacks=tuple(stacks))
+
+    def check_values(self, there: Adapter | None = None) -> None:
+        """Raises AdapterError unless all values are finite, the bases orthogonal and the singular values positive.
+
+        Args:
+            there: What `to` made of this adapter, to be looked at in its place: on a GPU that takes a hundredth.
+        """
+        if there is not None and there._stacks:
+            samples = [
+                value.reshape(-1) for t in self.modules.values() for key, value in t.items() if key == "base_sample"
+            ]
+            if are_sound(there._stacks) and are_sound([("base_sample", torch.cat(samples))] if samples else []):
+                return
+        for module, tensors in self.modules.items():  # says where
+            check_values(module, tensors)
 
     @torch.no_grad()
     def multipliers(self, device: torch.device) -> dict[str, Multiplier]:
@@ -178,13 +197,17 @@ def _same_but_trained(tensors: Tensors, others: Tensors) -> bool:
     )
 
 
-def read_folder(path: str | Path) -> Adapter:
+def read_folder(path: str | Path, check: bool = True) -> Adapter:
     """The adapter saved in a folder, in full or as its delta.
+
+    Args:
+        path: The folder.
+        check: False leaves `Adapter.check_values` to the caller.
 
     Raises:
         FuraError: no adapter there, or one that cannot be merged by itself (compact form, further trained modules).
     """
-    config, modules, others = read_adapter(path)
+    config, modules, others = read_adapter(path, check)
     if config.saved_form == "compact":
         raise FuraError(f"{path} was saved without its basis: save it in full, or as its delta, to serve it.")
     if others:
@@ -267,6 +290,6 @@ def _unpack_full(tensors: Tensors, family: Any) -> Adapter:
     for name, value in tensors.items():
         module, _, key = name.rpartition(":")
         modules.setdefault(module, {})[key] = value
-    for module, values in modules.items():
-        check_values(module, values)
-    return Adapter(family, modules)
+    adapter = Adapter(family, modules)
+    adapter.check_values()
+    return adapter

@@ -7,8 +7,9 @@ requests are served; between `fura_commit` and the reset of the prefix cache no 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -20,6 +21,7 @@ from fura_rl.rollout.in_engine import InEngineAdapter, Merge, reason
 from fura_rl.rollout.payload import Adapter, StaleUpdateError, read_folder, unpack
 from fura_rl.rollout.phases import Phases
 from fura_rl.rollout.pristine import PristineWeights, check_keep
+from fura_rl.rollout.warm_up import warm_up
 
 Reply = dict[str, Any]
 
@@ -83,15 +85,15 @@ class _State:
         self.pushed: tuple[Adapter, Adapter] | None = None  # what the next update changes, and the same on the device
         self.prepared_push: tuple[Adapter, Adapter] | None = None
         self.prepared: Merge | None = None
+        if device.type == "cuda":
+            warm_up(model, device)
 
-    def prepare(self, adapter: Adapter | None, there: Adapter | None, phases: Phases) -> Reply:
-        """Checks an adapter; `there` is the same on the engine's device."""
+    def prepare(self, adapter: Adapter | None, checksum: Future[str] | None, phases: Phases) -> Reply:
+        """Checks an adapter, on the engine's device, against the engine."""
         self.prepared = self.prepared_push = None
-        with ThreadPoolExecutor(1) as beside:  # hashing takes as long as the checks
-            checksum = beside.submit(lambda: "" if adapter is None else adapter.checksum)
-            self.prepared = self.engine.prepare(there)
-            phases.end("fit and D")
-            reply = {"checksum": checksum.result(), "layers": len(self.prepared.multipliers)}
+        self.prepared = self.engine.prepare(adapter)
+        phases.end("fit and D")
+        reply = {"checksum": "" if checksum is None else checksum.result(), "layers": len(self.prepared.multipliers)}
         phases.end("checksum")
         return {**reply, "seconds": dict(phases)}  # of plain types: vLLM may be told to send classes by name
 
@@ -99,11 +101,13 @@ class _State:
         phases = Phases()
         if path is None:
             return self.prepare(None, None, phases)
-        adapter = read_folder(path)
-        phases.end("read and check")
-        there = adapter.to(self.engine.pristine.device)
-        phases.end("to device")
-        return self.prepare(adapter, there, phases)
+        adapter = read_folder(path, check=False)
+        phases.end("read")
+        with self._hashing(adapter) as checksum:
+            there = adapter.to(self.engine.pristine.device)
+            adapter.check_values(there)
+            phases.end("to device and check")
+            return self.prepare(there, checksum, phases)
 
     def prepare_pushed(self, data: bytes) -> Reply:
         phases, device = Phases(), self.engine.pristine.device
@@ -118,9 +122,20 @@ class _State:
             update = adapter.shares_frozen(held)  # then frozen tensors need not travel again
             there = held_there.with_trained(adapter.trained.to(device)) if update else adapter.to(device)
         phases.end("to device")
-        reply = self.prepare(adapter, there, phases)
+        with self._hashing(adapter) as checksum:
+            reply = self.prepare(there, checksum, phases)
         self.prepared_push = adapter, there
         return reply
+
+    @contextmanager
+    def _hashing(self, adapter: Adapter) -> Iterator[Future[str]]:
+        """The adapter's checksum, which takes as long as everything else.
+
+        It is made beside that, so every single operation there may have to wait for its turn in the interpreter: a few
+        on many tensors at once are faster than many small ones.
+        """
+        with ThreadPoolExecutor(1) as beside:
+            yield beside.submit(lambda: adapter.checksum)
 
     def commit(self) -> None:
         if self.prepared is None:

@@ -1,0 +1,32 @@
+"""Compiling a swap's kernels before the first one."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fura_rl.adapter.basis import closest_block_size
+from fura_rl.rollout import vllm_names
+from fura_rl.rollout.payload import Adapter
+
+
+def warm_up(model: nn.Module, device: torch.device) -> None:
+    """Runs what a swap runs, on zeros as wide as an engine's layers: Triton compiles a kernel when it is first called.
+
+    For adapters of the default options, in full or as their delta, and a base in the engine's dtype. Others compile
+    theirs while they are swapped in.
+    """
+    layers = [module for module in model.modules() if vllm_names.is_plain_linear(module)]
+    dtype = next(model.parameters()).dtype
+    modules = {}
+    for width in {vllm_names.attribute(layer, "input_size") for layer in layers}:
+        b = closest_block_size(width)
+        core, ones = torch.zeros(width // b, b, b), torch.ones(width // b, b)
+        basis = torch.eye(b).expand_as(core)
+        modules[str(width)] = {"core": core, "scale": ones, "basis": basis, "sigma": ones}
+    adapter = Adapter({"side": "input", "singular_values": "trainable", "basis": "svd"}, modules)
+    there = adapter.to(device)
+    adapter.check_values(there)
+    for multiplier in there.multipliers(device).values():
+        weight = torch.zeros(1, multiplier.width, dtype=dtype, device=device)
+        multiplier.merge_into(weight, torch.empty_like(weight))
