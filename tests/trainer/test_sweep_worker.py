@@ -1,0 +1,146 @@
+"""Sweeps whose runs share a process and an engine: what comes out is what processes of their own give."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from fura_rl.errors import FuraError
+from fura_rl.rollout import shared
+from fura_rl.trainer.sweep import sweep_command
+from fura_rl.trainer.sweep_worker import can_share, restore_environment
+
+OF_THE_MACHINE = ("time", "seconds", "per_second", "memory", "cache_hits")
+RATE = {"learning_rate": 1e-3}
+
+
+@pytest.fixture
+def sweep(tmp_path, tiny_model, tiny_problems, monkeypatch):
+    """Writes a sweep's file over the tiny model and returns its path."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def write(methods, folder, **options):
+        recipe = dict(
+            model_name_or_path=str(tiny_model), dataset_name=str(tiny_problems / "train.jsonl"), prompt="plain",
+            max_steps=2, per_device_train_batch_size=8, num_generations=8, max_completion_length=24,
+            vllm_max_model_length=128, benchmarks=[str(tiny_problems / "test.jsonl")], benchmark_max_tokens=24,
+            benchmark_temperature=1.0, save_strategy="no",
+        )  # fmt: skip
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, **options}))
+        content = {"recipe": str(tmp_path / "recipe.yaml"), "output_dir": str(tmp_path / folder), "methods": methods}
+        path = tmp_path / f"{folder}.yaml"
+        path.write_text(yaml.safe_dump(content, sort_keys=False))
+        return path
+
+    return write
+
+
+def results(folder):
+    """What a run has measured, answered and trained, without what differs from process to process."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    texts = {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("step_*.jsonl"))}
+    weights = {p.name: p.read_bytes() for p in folder.glob("*.safetensors")}
+    assert len(texts) == 4 and len(weights) == 1  # rollouts of two steps, answers before and after
+    metrics = [{k: v for k, v in line.items() if not any(word in k for word in OF_THE_MACHINE)} for line in lines]
+    return {"metrics": metrics, **texts, **weights}
+
+
+def process_of(folder):
+    return json.loads((folder / "run.json").read_text())["pid"]
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_runs_in_one_process_equal_runs_in_their_own(sweep, tmp_path):
+    """After full fine-tuning every weight of the engine is another: the next run must not sample from any of them."""
+    sweep_command(sweep({"full": RATE, "fura": RATE, "lora": {**RATE, "lora_r": 4}}, "shared"))
+    sweep_command(sweep({"fura": RATE}, "own"), share_engine=False)
+    together, own = tmp_path / "shared", tmp_path / "own"
+    assert len({process_of(folder) for folder in together.glob("*-seed=1")}) == 1
+    assert process_of(own / "fura-seed=1") != process_of(together / "fura-seed=1")
+    assert results(together / "fura-seed=1") == results(own / "fura-seed=1")
+    assert results(together / "fura-seed=1") != results(together / "lora-seed=1")
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_a_run_that_fails_and_one_that_needs_another_engine_get_new_processes(sweep, tmp_path):
+    methods = {
+        "broken": {"method": "fura", "dataset_name": "nothing.jsonl"},
+        "first": {"method": "fura", **RATE},
+        "longer": {"method": "fura", "vllm_max_model_length": 160},
+    }
+    with pytest.raises(FuraError, match=r"1 of the sweep's runs failed \(broken-seed=1\)"):
+        sweep_command(sweep(methods, "out", max_steps=1))
+    folders = {name: tmp_path / "out" / f"{name}-seed=1" for name in methods}
+    assert process_of(folders["first"]) != process_of(folders["longer"])
+    assert "other values of max_model_len" in (folders["longer"] / "log.txt").read_text()
+    assert "dataset file nothing.jsonl does not exist" in (folders["broken"] / "log.txt").read_text()
+    assert json.loads((folders["longer"] / "summary.json").read_text())["steps"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_ctrl_c_of_a_sweep_ends_its_worker_with_a_checkpoint(sweep, tmp_path):
+    path = sweep({"fura": RATE, "lora": RATE}, "out", max_steps=100_000)
+    command = [sys.executable, "-m", "fura_rl.cli", "sweep", str(path)]
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run = tmp_path / "out" / "fura-seed=1"
+    try:
+        deadline = time.monotonic() + 300
+        while not ((run / "metrics.jsonl").exists() and '"loss"' in (run / "metrics.jsonl").read_text()):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        worker = process_of(run)
+        process.send_signal(signal.SIGINT)  # the sweep's process only, as a scheduler does
+        process.wait(120)
+        with pytest.raises(ProcessLookupError):
+            os.kill(worker, 0)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert list(run.glob("checkpoint-*")) and not (tmp_path / "out" / "lora-seed=1").exists()
+
+
+def test_only_colocated_engines_that_stay_awake_are_shared():
+    assert can_share({})
+    for option in ({"use_vllm": False}, {"vllm_mode": "server"}, {"vllm_enable_sleep_mode": True}, {"fsdp": "x"}):
+        assert not can_share(option)
+
+
+def test_a_kept_engine_brings_its_random_numbers_back():
+    made = []
+
+    def make(**arguments):
+        shared.torch.manual_seed(0)
+        made.append(arguments)
+        return object()
+
+    arguments = {"model": "m", "enable_sleep_mode": False}
+    with shared.engines_are_kept():
+        first = shared.engine(make, arguments)
+        drawn = shared.torch.rand(4)
+        shared.torch.manual_seed(7)
+        assert shared.engine(make, dict(arguments)) is first and len(made) == 1
+        assert shared.torch.rand(4).equal(drawn)
+        with pytest.raises(shared.OtherEngineError, match="other values of model"):
+            shared.engine(make, {**arguments, "model": "n"})
+        assert shared.engine(make, {**arguments, "enable_sleep_mode": True}) is not first
+    assert shared.engine(make, arguments) is not first
+
+
+def test_what_a_run_has_set_is_taken_back_but_not_what_its_engine_reads(monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.setenv("VLLM_OF_A_TEST", "1")
+    before = {**os.environ, "MASTER_PORT": "2"}
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("VLLM_OF_A_TEST", "2")
+    restore_environment(before)
+    assert os.environ["MASTER_PORT"] == "2" and "RANK" not in os.environ and os.environ["VLLM_OF_A_TEST"] == "2"
