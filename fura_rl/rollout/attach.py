@@ -14,6 +14,7 @@ from typing import Any
 
 from fura_rl.errors import FuraError
 from fura_rl.rollout import vllm_names
+from fura_rl.rollout.phases import Phases
 from fura_rl.rollout.pristine import Keep
 from fura_rl.rollout.vllm_names import WORKER_EXTENSION
 from fura_rl.rollout.worker import FuraWorker, Reply, first_reply
@@ -27,12 +28,14 @@ class AttachedAdapters:
     Attributes:
         version: How many times the weights were changed; 0 is the base as it was loaded.
         checksum: SHA-256 of the merged adapter's tensors, "" for the base.
+        seconds: Of the last change, by phase.
     """
 
     def __init__(self, llm: Any, keep: Keep = "cpu") -> None:
         self.llm = llm
         self.version = 0
         self.checksum = ""
+        self.seconds: dict[str, float] = {}
         self._swapped: dict[str, str] = {}
         self._active: str | None = None
         if not vllm_names.has_extension(llm) and not vllm_names.runs_in_process(llm):
@@ -56,16 +59,14 @@ class AttachedAdapters:
             FuraError: the adapter does not fit this engine, or could not be merged. The old weights are in place.
         """
         name = name or Path(path).name
-        reply = self._call("fura_prepare", str(Path(path).resolve()))
-        self._commit(reply["checksum"])
+        self._change(str(Path(path).resolve()))
         self._swapped[name] = str(path)
         self._active = name
         return self.version
 
     def off(self) -> int:
         """Puts the base weights back, bit for bit. Returns the new version."""
-        self._call("fura_prepare", None)
-        self._commit("")
+        self._change(None)
         self._active = None
         return self.version
 
@@ -73,16 +74,21 @@ class AttachedAdapters:
         """Every adapter swapped in so far by name, and whether it is the one that is merged now."""
         return {name: name == self._active for name in self._swapped}
 
-    def _commit(self, checksum: str) -> None:
+    def _change(self, path: str | None) -> None:
+        reply = self._call("fura_prepare", path)
+        phases = Phases()
         try:
             self._call("fura_commit")
         except FuraError:
             self._call("fura_rollback")
             raise
+        phases.end("merge")
         self.version += 1
-        self.checksum = checksum
+        self.checksum = reply["checksum"]
         if not self.llm.reset_prefix_cache():
             raise FuraError("The prefix cache could not be reset: requests were running during the swap.")
+        phases.end("prefix cache")
+        self.seconds = {**reply["seconds"], **phases}
 
     def _call(self, method: str, *args: Any) -> Reply:
         target = method if vllm_names.has_extension(self.llm) else getattr(FuraWorker, method)

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -119,7 +120,9 @@ class Adapter:
             return self
         values = [value.reshape(-1) for members in groups.values() for _, value in members]
         flat = torch.empty(sum(map(len, values)), dtype=dtype, pin_memory=device.type == "cuda")
-        flat = torch.cat(values, out=flat).to(device, non_blocking=True)
+        with one_thread():
+            torch.cat(values, out=flat)
+        flat = flat.to(device, non_blocking=True)
         sizes = [len(members) * shape.numel() for (_, shape), members in groups.items()]
         stacks = []
         for ((key, shape), members), part in zip(groups.items(), flat.split(sizes), strict=True):
@@ -136,10 +139,9 @@ class Adapter:
             there: What `to` made of this adapter, to be looked at in its place: on a GPU that takes a hundredth.
         """
         if there is not None and there._stacks:
-            samples = [
-                value.reshape(-1) for t in self.modules.values() for key, value in t.items() if key == "base_sample"
-            ]
-            if are_sound(there._stacks) and are_sound([("base_sample", torch.cat(samples))] if samples else []):
+            samples = [tensors["base_sample"] for tensors in self.modules.values() if "base_sample" in tensors]
+            stay = [("base_sample", torch.cat([value.reshape(-1) for value in samples]))] if samples else []
+            if are_sound(there._stacks) and are_sound(stay):
                 return
         for module, tensors in self.modules.items():  # says where
             check_values(module, tensors)
@@ -165,6 +167,17 @@ class Adapter:
                 known[shapes] = _empty_blocks(module, config, tensors)
             made[module] = multiplier(known[shapes], tensors)
         return made
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Without torch's other threads: for hundreds of small operations, on a busy host they are waited for each time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _empty_blocks(module: str, config: FuraConfig, tensors: Tensors) -> FuraBlocks:

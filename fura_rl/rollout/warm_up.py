@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
-from torch import nn
 
 from fura_rl.adapter.basis import closest_block_size
-from fura_rl.rollout import vllm_names
 from fura_rl.rollout.payload import Adapter
 
 
-def warm_up(model: nn.Module, device: torch.device) -> None:
+def warm_up(widths: Iterable[int], dtype: torch.dtype, device: torch.device) -> None:
     """Runs what a swap runs, on zeros as wide as an engine's layers: Triton compiles a kernel when it is first called.
 
-    For adapters of the default options, in full or as their delta, and a base in the engine's dtype. Others compile
-    theirs while they are swapped in.
+    For adapters of the default options, in full or as their delta. Others compile theirs while they are swapped in.
+
+    Args:
+        widths: Input features of the layers.
+        dtype: The engine's, and its checkpoint's.
+        device: The engine's.
     """
-    layers = [module for module in model.modules() if vllm_names.is_plain_linear(module)]
-    dtype = next(model.parameters()).dtype
     modules = {}
-    for width in {vllm_names.attribute(layer, "input_size") for layer in layers}:
+    for width in set(widths):
         b = closest_block_size(width)
         core, ones = torch.zeros(width // b, b, b), torch.ones(width // b, b)
         basis = torch.eye(b).expand_as(core)

@@ -86,7 +86,9 @@ class _State:
         self.prepared_push: tuple[Adapter, Adapter] | None = None
         self.prepared: Merge | None = None
         if device.type == "cuda":
-            warm_up(model, device)
+            linear = filter(vllm_names.is_plain_linear, model.modules())
+            widths = [vllm_names.attribute(layer, "input_size") for layer in linear]
+            warm_up(widths, next(model.parameters()).dtype, device)
 
     def prepare(self, adapter: Adapter | None, checksum: Future[str] | None, phases: Phases) -> Reply:
         """Checks an adapter, on the engine's device, against the engine."""

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from fura_rl import FuraConfig
-from fura_rl.adapter.basis import block_basis
+from fura_rl.adapter.basis import block_basis, closest_block_size
 from fura_rl.adapter.blocks import FuraBlocks
+from fura_rl.adapter.triton_launch import Kernel
 from fura_rl.rollout.multiplier import multiplier
 from fura_rl.rollout.payload import Adapter
+from fura_rl.rollout.warm_up import warm_up
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -23,10 +25,20 @@ SIDES = [("input", "trainable"), ("input", "merged"), ("input", "frozen"), ("out
 def test_with_kernels_in_the_interpreter():
     """Triton's interpreter has to be chosen before Triton is imported."""
     environment = dict(os.environ, TRITON_INTERPRET="1", FURA_KERNELS="triton", CUDA_VISIBLE_DEVICES="")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "test_is_the", __file__]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "test_is_the or kernels_of",
+        __file__,
+    ]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-    assert f"{2 * len(SIDES)} passed" in run.stdout
+    assert f"{2 * len(SIDES) + 1} passed" in run.stdout
 
 
 def made(side, singular_values, folded, weight):
@@ -58,6 +70,41 @@ def test_is_the_float64_merge_rounded_once(side, singular_values, folded):
     found.merge_into(weight.to(DEVICE), fused[20:116])
     assert ((fused[20:116].cpu().double() - exact).abs() <= 2.0**-11 * 1.01 * exact.abs() + 2.0**-15).all()
     assert fused[:20].isnan().all() and fused[116:].isnan().all()
+
+
+@pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="there are no kernels: see the process above")
+@torch.no_grad()
+def test_the_kernels_of_a_first_swap_are_compiled_before(monkeypatch):
+    """Warming up calls the kernels with every constant, dtype and alignment that an adapter in full or as its delta
+    calls them with, for rows that lie somewhere in a fused weight."""
+    called = set()
+    call = Kernel.__call__
+
+    def record(self, grid, tensors, size, *rest, num_warps):
+        kinds = [None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16) for tensor in tensors]
+        called.add((self.function.__name__, rest, num_warps, *kinds))
+        call(self, grid, tensors, size, *rest, num_warps=num_warps)
+
+    monkeypatch.setattr(Kernel, "__call__", record)
+    widths = [64, 96]
+    warm_up(widths, torch.float16, torch.device(DEVICE))
+    warm = set(called)
+    assert {name for name, *_ in warm} == {"_delta_kernel", "_merge_kernel"}
+    called.clear()
+    for width in widths:
+        family = {"side": "input", "singular_values": "trainable", "basis": "svd"}
+        weight = torch.randn(20, width, generator=torch.Generator().manual_seed(0))
+        b = closest_block_size(width)
+        basis, sigma, _ = block_basis(weight, b)
+        core, scale = torch.randn(width // b, b, b), torch.randn(width // b, b)
+        full = {"core": core, "scale": scale, "basis": basis.float(), "sigma": sigma.float()}
+        delta = {"side": "input", "singular_values": "merged", "basis": "identity"}
+        fused = torch.zeros(50, width, dtype=torch.float16, device=DEVICE)
+        for options, tensors in ((family, full), (delta, {"core": core})):
+            both = Adapter(options, {"a": tensors, "b": tensors})
+            for multiplier_of_one in both.multipliers(torch.device(DEVICE)).values():
+                multiplier_of_one.merge_into(weight.half().to(DEVICE), fused[10:30])
+    assert called == warm
 
 
 def test_modules_of_one_shape_do_not_share_their_numbers():
