@@ -203,10 +203,20 @@ def test_unpacked_fused_weights_and_biases_are_written_in_place(biased_model, se
         return {name: weight.data_ptr() for name, weight in model.named_parameters()}
 
     (before,) = llm.apply_model(addresses)
+    # something else has written to one layer; of the others is known where their parts are before anything is written
+    llm.apply_model(lambda model: model.model.layers[1].mlp.gate_up_proj.weight.data.zero_())
+    store, stored = vllm_names.store_weight, []
+
+    def record(module, parts):
+        stored.append(module.prefix)
+        store(module, parts)
+
+    monkeypatch.setattr(vllm_names, "store_weight", record)
     adapters = attach(llm)
     for name, train_bias in {"weights": False, "biases": True}.items():
         folder = make_adapter(biased_model, tmp_path / name, seed=4, train_bias=train_bias)
         adapters.swap(folder)
+        assert stored == ["model.layers.1.mlp.gate_up_proj"]
         found = prompt_logprobs(llm, sequences)
         assert max_gap(found, reference_logprobs(biased_model, folder, sequences)) < 1e-4
         assert max_gap(found, fresh) > 0.1
