@@ -130,10 +130,16 @@ class Slot:
         gpu: The only one that the runs may see; None leaves that as it is.
         threads: Of the CPU; None leaves that as it is.
         share_engine: Make runs with a colocated engine in one process, which starts the engine once.
+        number: Of the slot: what engines compile when they start together is kept apart.
     """
 
-    def __init__(self, gpu: int | None = None, threads: int | None = None, share_engine: bool = True) -> None:
+    def __init__(
+        self, gpu: int | None = None, threads: int | None = None, share_engine: bool = True, number: int = 0
+    ) -> None:
         self.environment = dict(os.environ)
+        if number:
+            cache = Path(os.environ.get("VLLM_CACHE_ROOT", "~/.cache/vllm")).expanduser()
+            self.environment["VLLM_CACHE_ROOT"] = str(cache / f"sweep-{number}")
         if gpu is not None:
             self.environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
         if threads is not None:
@@ -168,7 +174,7 @@ def train_all(runs: list[SweepRun], gpus: int, jobs: int = 1, share_engine: bool
     """Make the runs that are missing, `jobs` at a time on each GPU, or on the CPU; returns those that failed."""
     places = [gpu for gpu in (range(gpus) if gpus else [None]) for _ in range(jobs)]
     threads = max((os.cpu_count() or 1) // len(places), 1) if jobs > 1 else None
-    slots = [Slot(gpu, threads, share_engine) for gpu in places]
+    slots = [Slot(gpu, threads, share_engine, number) for number, gpu in enumerate(places)]
     free: Queue[Slot] = Queue()
     for slot in slots:
         free.put(slot)
@@ -185,6 +191,7 @@ def train_all(runs: list[SweepRun], gpus: int, jobs: int = 1, share_engine: bool
         return done
 
     missing = [run for run in runs if run.summary is None]
+    missing.sort(key=lambda run: run.seed)  # a sweep that is stopped has compared all methods with its first seeds
     print(f"{len(runs)} runs, {len(runs) - len(missing)} done before", flush=True)
     try:
         with ThreadPoolExecutor(len(slots)) as pool:
