@@ -155,14 +155,18 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     engine = Engine(options, None, eager=True)
     adapters = attach(engine.llm, keep=options.keep)
     merged = {"base": engine.generate([prompt], [None], 32)[0]}
-    swaps = []
+    swaps, phases = [], []
     for number in (1, 2, 3, 1, 2, 3, 0):
         swaps.append(timed(adapters.swap, folder / f"fura{number}")[0])
+        phases.append(adapters.seconds)
         merged[f"fura{number}"] = engine.generate([prompt], [None], 32)[0]
     engine.close()
     say(
         f"merged engine (eager): start {engine.start_seconds:.1f} s, swaps {[round(s, 3) for s in swaps]}, last in full"
     )
+    for kind, chosen in {"first": phases[:1], "later": phases[1:-1], "in full": phases[-1:]}.items():
+        medians = {p: round(1000 * statistics.median(seconds[p] for seconds in chosen), 1) for p in chosen[0]}
+        say(f"{kind} swap by phase, ms: {medians}")
     report["seconds"] = {"merged swap, first": swaps[0], "merged swap, later": statistics.median(swaps[1:-1])}
 
     register()
