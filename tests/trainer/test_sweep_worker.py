@@ -19,26 +19,41 @@ OF_THE_MACHINE = ("time", "seconds", "per_second", "memory", "cache_hits")
 RATE = {"learning_rate": 1e-3}
 
 
-@pytest.fixture
-def sweep(tmp_path, tiny_model, tiny_problems, monkeypatch):
-    """Writes a sweep's file over the tiny model and returns its path."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory, tiny_model, tiny_problems):
+    """Writes a sweep's file over the tiny model; returns its path and the folder of its runs."""
+    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")  # the module's environment is put back
 
-    def write(methods, folder, **options):
+    def write(methods, **options):
+        folder = tmp_path_factory.mktemp("sweep")
         recipe = dict(
             model_name_or_path=str(tiny_model), dataset_name=str(tiny_problems / "train.jsonl"), prompt="plain",
             max_steps=2, per_device_train_batch_size=8, num_generations=8, max_completion_length=24,
             vllm_max_model_length=128, benchmarks=[str(tiny_problems / "test.jsonl")], benchmark_max_tokens=24,
             benchmark_temperature=1.0, save_strategy="no",
         )  # fmt: skip
-        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, **options}))
-        content = {"recipe": str(tmp_path / "recipe.yaml"), "output_dir": str(tmp_path / folder), "methods": methods}
-        path = tmp_path / f"{folder}.yaml"
+        (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, **options}))
+        content = {"recipe": str(folder / "recipe.yaml"), "output_dir": str(folder / "runs"), "methods": methods}
+        path = folder / "sweep.yaml"
         path.write_text(yaml.safe_dump(content, sort_keys=False))
-        return path
+        return path, folder / "runs"
 
     return write
+
+
+@pytest.fixture(scope="module")
+def shared_runs(sweep):
+    """The folders of four runs by name, made by one sweep: the first fails, the last needs an engine of its own."""
+    methods = {
+        "broken": {"method": "fura", "dataset_name": "nothing.jsonl"},
+        "full": RATE,
+        "fura": RATE,
+        "longer": {"method": "fura", **RATE, "vllm_max_model_length": 160},
+    }
+    path, folder = sweep(methods)
+    with pytest.raises(FuraError, match=r"1 of the sweep's runs failed \(broken-seed=1\)"):
+        sweep_command(path)
+    return {name: folder / f"{name}-seed=1" for name in methods}
 
 
 def results(folder):
@@ -57,41 +72,30 @@ def process_of(folder):
 
 @pytest.mark.slow
 @pytest.mark.vllm
-def test_runs_in_one_process_equal_runs_in_their_own(sweep, tmp_path):
+def test_runs_in_one_process_equal_runs_in_their_own(sweep, shared_runs):
     """After full fine-tuning every weight of the engine is another: the next run must not sample from any of them."""
-    sweep_command(sweep({"full": RATE, "fura": RATE, "lora": {**RATE, "lora_r": 4}}, "shared"))
-    sweep_command(sweep({"fura": RATE}, "own"), share_engine=False)
-    together, own = tmp_path / "shared", tmp_path / "own"
-    assert len({process_of(folder) for folder in together.glob("*-seed=1")}) == 1
-    assert process_of(own / "fura-seed=1") != process_of(together / "fura-seed=1")
-    assert results(together / "fura-seed=1") == results(own / "fura-seed=1")
-    assert results(together / "fura-seed=1") != results(together / "lora-seed=1")
+    path, own = sweep({"fura": RATE})
+    sweep_command(path, share_engine=False)
+    assert process_of(shared_runs["full"]) == process_of(shared_runs["fura"]) != process_of(own / "fura-seed=1")
+    assert results(shared_runs["fura"]) == results(own / "fura-seed=1")
 
 
 @pytest.mark.slow
 @pytest.mark.vllm
-def test_a_run_that_fails_and_one_that_needs_another_engine_get_new_processes(sweep, tmp_path):
-    methods = {
-        "broken": {"method": "fura", "dataset_name": "nothing.jsonl"},
-        "first": {"method": "fura", **RATE},
-        "longer": {"method": "fura", "vllm_max_model_length": 160},
-    }
-    with pytest.raises(FuraError, match=r"1 of the sweep's runs failed \(broken-seed=1\)"):
-        sweep_command(sweep(methods, "out", max_steps=1))
-    folders = {name: tmp_path / "out" / f"{name}-seed=1" for name in methods}
-    assert process_of(folders["first"]) != process_of(folders["longer"])
-    assert "other values of max_model_len" in (folders["longer"] / "log.txt").read_text()
-    assert "dataset file nothing.jsonl does not exist" in (folders["broken"] / "log.txt").read_text()
-    assert json.loads((folders["longer"] / "summary.json").read_text())["steps"] == 1
+def test_after_a_run_that_fails_and_for_another_engine_there_is_a_new_process(shared_runs):
+    assert "dataset file nothing.jsonl does not exist" in (shared_runs["broken"] / "log.txt").read_text()
+    assert "other values of max_model_len" in (shared_runs["longer"] / "log.txt").read_text()
+    assert process_of(shared_runs["longer"]) != process_of(shared_runs["fura"])
+    assert all(json.loads((shared_runs[n] / "summary.json").read_text())["steps"] == 2 for n in ("full", "longer"))
 
 
 @pytest.mark.slow
 @pytest.mark.vllm
-def test_ctrl_c_of_a_sweep_ends_its_worker_with_a_checkpoint(sweep, tmp_path):
-    path = sweep({"fura": RATE, "lora": RATE}, "out", max_steps=100_000)
+def test_ctrl_c_of_a_sweep_ends_its_worker_with_a_checkpoint(sweep):
+    path, folder = sweep({"fura": RATE, "lora": RATE}, max_steps=100_000)
     command = [sys.executable, "-m", "fura_rl.cli", "sweep", str(path)]
     process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    run = tmp_path / "out" / "fura-seed=1"
+    run = folder / "fura-seed=1"
     try:
         deadline = time.monotonic() + 300
         while not ((run / "metrics.jsonl").exists() and '"loss"' in (run / "metrics.jsonl").read_text()):
@@ -106,7 +110,7 @@ def test_ctrl_c_of_a_sweep_ends_its_worker_with_a_checkpoint(sweep, tmp_path):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    assert list(run.glob("checkpoint-*")) and not (tmp_path / "out" / "lora-seed=1").exists()
+    assert list(run.glob("checkpoint-*")) and not (folder / "lora-seed=1").exists()
 
 
 def test_only_colocated_engines_that_stay_awake_are_shared():
