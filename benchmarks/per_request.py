@@ -95,8 +95,8 @@ class Engine:
             for out in outputs
         ]
 
-    def tokens_a_second(self, requests: list[Any], options: argparse.Namespace) -> float:
-        """Generated tokens a second of a full batch whose rows have these adapters in turn; median of the rounds."""
+    def run_full_batch(self, requests: list[Any], options: argparse.Namespace) -> float:
+        """Seconds for a full batch whose rows have these adapters in turn."""
         from vllm import SamplingParams
 
         generator = torch.Generator().manual_seed(0)
@@ -106,12 +106,15 @@ class Engine:
         ]
         chosen = [requests[i % len(requests)] for i in range(options.requests)]
         sampling = SamplingParams(max_tokens=options.tokens, temperature=0, ignore_eos=True, detokenize=False)
-        seconds = []
-        for _ in range(options.rounds + 1):  # the first one warms up
-            started = time.perf_counter()
-            self.llm.generate(prompts, sampling, lora_request=chosen, use_tqdm=False)
-            seconds.append(time.perf_counter() - started)
-        return options.requests * options.tokens / statistics.median(seconds[1:])
+        started = time.perf_counter()
+        self.llm.generate(prompts, sampling, lora_request=chosen, use_tqdm=False)
+        return time.perf_counter() - started
+
+    def gpu_ms(self, requests: list[Any], options: argparse.Namespace) -> float:
+        """Milliseconds that a GPU of this process works for one token of each row: what no busy host can change."""
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            self.run_full_batch(requests, options)
+        return sum(event.self_device_time_total for event in profile.key_averages()) / 1000 / options.tokens
 
     def close(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()  # ends workers of other processes
@@ -170,19 +173,26 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     report["seconds"] = {"merged swap, first": swaps[0], "merged swap, later": statistics.median(swaps[1:-1])}
 
     register()
+    engines: dict[str, tuple[Engine, list[Any]]] = {}
     for kind, settings in {"fura": {"with_lora": False}, "lora": {"with_fura": False}}.items():
         engine = Engine(options, settings)
         say(f"engine for {kind}: start {engine.start_seconds:.1f} s")
         names = [f"{kind}{number % DISTINCT}" for number in range(max(options.adapters))]
         loads, requests = zip(*[timed(load_adapter, engine.llm, name, folder / name) for name in names], strict=True)
+        engines[kind] = engine, list(requests)
         report["seconds"][f"{kind} load"] = statistics.median(loads)
         say(f"{kind}: loads {[round(s, 3) for s in loads[:6]]} s" + (", the first in full" if kind == "fura" else ""))
-        if kind == "fura":
-            check(engine, prompt, merged, requests, options, report, say)
-        for count in (0, *options.adapters):
-            speed = engine.tokens_a_second(list(requests[:count]) or [None], options)
-            report["tokens_a_second"][f"{kind} {count}"] = speed
-            say(f"{kind}: {count} adapters, {speed:,.0f} tokens/s")
+    check(engines["fura"][0], prompt, merged, engines["fura"][1], options, report, say)
+    report["rounds"] = measure_rates(engines, options, say)
+    report["tokens_a_second"] = {name: statistics.median(rates) for name, rates in report["rounds"].items()}
+    if torch.cuda.is_available() and options.tensor_parallel_size == 1:
+        report["gpu_ms"] = {
+            f"{kind} {count}": engine.gpu_ms(requests[:count] or [None], options)
+            for count in (0, *options.adapters)
+            for kind, (engine, requests) in engines.items()
+        }
+        say(f"GPU ms of a token of each row: { {name: round(ms, 3) for name, ms in report['gpu_ms'].items()} }")
+    for engine, _ in engines.values():
         engine.close()
 
     if options.together:
@@ -196,6 +206,27 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         say(f"eager: {format_gaps(report['gap'], 'beside')}")
         engine.close()
     return report
+
+
+def measure_rates(
+    engines: dict[str, tuple[Engine, list[Any]]], options: argparse.Namespace, say: Callable[[str], None]
+) -> dict[str, list[float]]:
+    """Tokens a second of each round, by engine and number of adapters.
+
+    The engines take turns, in turned order, since a host that others use is a third quicker in one minute than in
+    another. What a round compares was then measured within seconds.
+    """
+    rates: dict[str, list[float]] = {}
+    for count in (0, *options.adapters):
+        for number in range(options.rounds + 1):
+            for kind in sorted(engines, reverse=number % 2 == 1):
+                engine, requests = engines[kind]
+                seconds = engine.run_full_batch(requests[:count] or [None], options)
+                if number:  # the first one warms up
+                    rates.setdefault(f"{kind} {count}", []).append(options.requests * options.tokens / seconds)
+        found = [f"{kind} {[round(rate) for rate in rates[f'{kind} {count}']]}" for kind in engines]
+        say(f"{count} adapters, tokens/s: {'; '.join(found)}")
+    return rates
 
 
 def check(engine: Engine, prompt: list[int], merged: dict[str, Sampled], requests: Sequence[Any],
@@ -226,15 +257,20 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     with tempfile.TemporaryDirectory() as temporary:
         report = measure(options, Path(temporary))
-    speeds = report["tokens_a_second"]
+    speeds, rounds = report["tokens_a_second"], report["rounds"]
     table = Table(
         title=f"{Path(options.model).name}, {options.dtype}, tensor parallelism {options.tensor_parallel_size}, "
-        f"{options.requests} rows x {options.tokens} tokens"
+        f"{options.requests} rows x {options.tokens} tokens, medians of {options.rounds} rounds"
     )
-    for column in ("adapters in the batch", "FuRA tokens/s", f"LoRA r={RANK} tokens/s", "FuRA / LoRA"):
+    for column in ("adapters in the batch", "FuRA tokens/s", f"LoRA r={RANK} tokens/s", "FuRA / LoRA", "by round"):
         table.add_column(column, justify="right")
+    report["fura_to_lora"] = {}
     for count in (0, *options.adapters):
+        pairs = zip(rounds[f"fura {count}"], rounds[f"lora {count}"], strict=True)
+        ratios = sorted(fura / lora for fura, lora in pairs)
+        report["fura_to_lora"][count] = ratios
         fura, lora = speeds[f"fura {count}"], speeds[f"lora {count}"]
-        table.add_row(str(count) if count else "0 (base)", f"{fura:,.0f}", f"{lora:,.0f}", f"{fura / lora:.2f}")
+        cells = [f"{fura:,.0f}", f"{lora:,.0f}", f"{statistics.median(ratios):.2f}"]
+        table.add_row(str(count) if count else "0 (base)", *cells, f"{ratios[0]:.2f} to {ratios[-1]:.2f}")
     Console(width=120).print(table)
     return report
