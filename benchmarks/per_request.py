@@ -232,8 +232,8 @@ def measure_rates(
 def check(engine: Engine, prompt: list[int], merged: dict[str, Sampled], requests: Sequence[Any],
           options: argparse.Namespace, report: dict[str, Any], say: Callable[[str], None]) -> None:  # fmt: skip
     """A mixed batch, decoded from CUDA graphs where there are any, against merged weights."""
-    names = ["base", "fura0", "fura1", "fura2"]
     chosen = [None, *requests[:3]] * 4  # sixteen rows: a captured size
+    names = ["base", "fura0", "fura1", "fura2"][: len(chosen) // 4]
     found = engine.generate([prompt] * len(chosen), chosen, 32)
     for name, row in zip(names * 4, found, strict=True):
         report["gap"][name] = max(report["gap"].get(name, (0.0, 32)), gap(row, merged[name]))
