@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -40,7 +40,7 @@ CONTEXT_BYTES = 1.0 * GIB  # CUDA context and the allocator's slack
 MARGIN = 0.15  # a run is refused beyond it: the plan was within 12% of every measured peak
 LARGEST_BATCH = 4096
 OPTIMISERS = ("adamw_torch", "adamw_torch_fused")
-SIZING_OPTIONS = ("kv_cache_memory_bytes", "cpu_offload_gb", "quantization")  # of an engine: not planned for
+SIZING_OPTIONS = ("cpu_offload_gb", "quantization")  # of an engine: not planned for
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,23 @@ class Run:
         return self.training.use_vllm and self.training.vllm_mode == "colocate"
 
     @property
+    def engine_options(self) -> dict[str, Any]:
+        """By vLLM's names, which win over TRL's."""
+        options = self.training.vllm_engine_kwargs or {}
+        assert isinstance(options, dict)  # the configuration has parsed it
+        return options
+
+    @property
+    def engine_cache(self) -> float:
+        """Bytes of the engine's KV cache if an option fixes them, whatever its share of the GPU is; else 0."""
+        return float(self.engine_options.get("kv_cache_memory_bytes") or 0)
+
+    @property
+    def engine_part(self) -> str:
+        """What a plan calls the engine."""
+        return f"engine (its {'weights and cache' if self.engine_cache else 'share of the GPU'})"
+
+    @property
     def engine_share(self) -> float:
         """Bytes of the GPU that an engine in the same process takes; 0 without one.
 
@@ -86,14 +103,13 @@ class Run:
         """
         if not self.colocated:
             return 0.0
-        options = self.training.vllm_engine_kwargs or {}
-        assert isinstance(options, dict)  # the configuration has parsed it
         for name in SIZING_OPTIONS:
-            if name in options:
+            if name in self.engine_options:
                 raise FuraError(f"plan does not know an engine with {name}.")
-        return self.memory * float(
-            options.get("gpu_memory_utilization") or self.training.vllm_gpu_memory_utilization  # vLLM's name wins
-        )
+        if self.engine_cache:
+            return self.engine_weights + self.engine_cache
+        share = self.engine_options.get("gpu_memory_utilization") or self.training.vllm_gpu_memory_utilization
+        return self.memory * float(share)
 
     @property
     def engine_weights(self) -> float:
@@ -137,9 +153,9 @@ class Run:
         largest = max((out * width for out, width in sizes.matrices), default=0)
         generate = {**held, "merge of the largest matrix": 0.0 if full else 6.0 * largest}  # float32, engine's bf16
         if self.colocated:
-            generate["engine (its share of the GPU)"] = self.engine_share
+            generate[self.engine_part] = self.engine_share
             if not training.vllm_enable_sleep_mode:
-                train["engine (its share of the GPU)"] = self.engine_share
+                train[self.engine_part] = self.engine_share
         return train, generate
 
     def peak(self, batch: int | None = None, checkpointing: bool | None = None) -> float:
@@ -178,7 +194,7 @@ def advice(run: Run, part: str) -> str:
         return " or ".join(ways) or "lower max_completion_length"
     if part.startswith("engine"):
         sleep = "" if training.vllm_enable_sleep_mode else ", or set vllm_enable_sleep_mode"
-        return f"lower vllm_gpu_memory_utilization{sleep}"
+        return f"lower {'kv_cache_memory_bytes' if run.engine_cache else 'vllm_gpu_memory_utilization'}{sleep}"
     several = "" if run.strategy.splits_weights else ", or split the weights over GPUs with ZeRO-3 or FSDP2"
     if run.adapter.method == "full":
         return f"train an adapter (method: fura){several}"
@@ -297,9 +313,8 @@ def remarks(run: Run) -> list[str]:
     if run.colocated:
         cache = run.engine_share - run.engine_weights
         token = 4 * run.sizes.layers * run.sizes.key_value / run.training.vllm_tensor_parallel_size
-        lines.append(
-            f"of the engine's share, weights leave {cache / GIB:.1f} GiB: {max(cache, 0) / token:,.0f} tokens of cache"
-        )
+        leave = "beside its weights the engine has" if run.engine_cache else "of the engine's share, weights leave"
+        lines.append(f"{leave} {cache / GIB:.1f} GiB: {max(cache, 0) / token:,.0f} tokens of cache")
         if run.training.vllm_enable_sleep_mode:
             kept = run.engine_weights if run.training.vllm_sleep_level == 1 else 0.0
             lines.append(

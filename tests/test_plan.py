@@ -87,6 +87,22 @@ def test_phases_of_an_engine(plan):
     assert "keeps 14.2 GiB" in kept[0]
 
 
+def test_a_cache_of_fixed_size_counts_whatever_the_share_is(plan):
+    """An engine of less than its weights, by its share of the GPU: vLLM does not look at that then."""
+    engine = {"vllm_gpu_memory_utilization": 0.1, "vllm_engine_kwargs": '{"kv_cache_memory_bytes": 4294967296}'}
+    small = {"per_device_train_batch_size": 8, "max_completion_length": 256}
+    run = plan(**engine, **small)
+    assert misfit(run) is None
+    for phase in run.parts():
+        assert phase["engine (its weights and cache)"] == 2 * FURA_7B.weights + 4 * GIB
+        assert "engine (its share of the GPU)" not in phase
+    assert "has 4.0 GiB: 74,898 tokens of cache" in remarks(run)[0]  # 28 layers x 2 x 512 numbers of 2 bytes a token
+    reason = misfit(plan(**{**engine, "vllm_engine_kwargs": '{"kv_cache_memory_bytes": 64424509440}'}, **small))
+    assert reason is not None and "lower kv_cache_memory_bytes, or set vllm_enable_sleep_mode" in reason
+    asleep = plan(**engine, **small, vllm_enable_sleep_mode=True)
+    assert "engine (its weights and cache)" not in asleep.parts()[0]
+
+
 def test_the_largest_batch_fits_and_the_next_does_not(plan):
     for run in (plan(), plan(gradient_checkpointing=True), plan(load_in_4bit=True), plan(strategy="fsdp2", gpus=8)):
         batch = run.largest_batch()
