@@ -42,6 +42,7 @@ from solutions import Example, held_out_loss, read
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fura_rl.errors import FuraError
 from fura_rl.eval.statistics import t_interval
 from fura_rl.trainer.arguments import AdapterArguments
 from fura_rl.trainer.methods import adapter_config
@@ -174,6 +175,9 @@ def main() -> None:
         "test": read(args.test, tokenizer, args.held_out, args.limit),
         "unrelated": [example for file in unrelated for example in file[: args.held_out // len(unrelated)]],
     }
+    for name, examples in data.items():
+        if not examples:
+            raise FuraError(f"No example of --{name} has {args.limit} tokens or fewer: raise --limit.")
     digest = hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]
     setting = [args.model, device, args.steps, args.batch, args.warmup, digest]
     done = read_lines(args.out)
@@ -201,4 +205,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except FuraError as error:
+        sys.exit(f"error: {error}")

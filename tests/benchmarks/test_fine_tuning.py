@@ -46,3 +46,16 @@ def test_methods_rates_and_seeds(tiny_model, tiny_problems, tmp_path):
     assert after[:4] == rows and len(after) == 8
     assert two["fura"]["seeds"] == 2 and two["fura"]["loss"][1] < two["fura"]["loss"][0] < two["fura"]["loss"][2]
     assert len(two["full"]["chosen"]) == 3
+
+
+def test_a_limit_that_leaves_no_example_is_said(tiny_model, tiny_problems, tmp_path):
+    problems = str(tiny_problems / "train.jsonl")
+    command = [
+        sys.executable, SCRIPT, "--model", str(tiny_model), "--train", problems, "--test", problems, "--unrelated",
+        problems, "--out", str(tmp_path / "rows.jsonl"), "--limit", "2",
+    ]  # fmt: skip
+    process = subprocess.run(
+        command, capture_output=True, text=True, timeout=500, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
+    assert process.returncode == 1 and not (tmp_path / "rows.jsonl").exists()
+    assert process.stderr.splitlines()[-1] == "error: No example of --train has 2 tokens or fewer: raise --limit."
