@@ -48,6 +48,7 @@ def test_methods_rates_and_seeds(tiny_model, tiny_problems, tmp_path):
     assert len(two["full"]["chosen"]) == 3
 
 
+@pytest.mark.slow
 def test_a_limit_that_leaves_no_example_is_said(tiny_model, tiny_problems, tmp_path):
     problems = str(tiny_problems / "train.jsonl")
     command = [
