@@ -3,8 +3,9 @@
     python benchmarks/grpo_step.py [--config configs/qwen2.5-0.5b-gsm8k.yaml] [--model M] [--dataset D]
         [--methods fura lora full]
 
-Runs the recipe as a user would, `--steps` steps for each method, with a learning rate so small that every method
-samples from the same weights: completions, and with them generation, are as good as equal. Median of the steps after
+Runs the recipe as a sweep would, `--steps` steps for each method, one after another in a process with one engine. The
+learning rate is so small that every method samples from the same weights: completions, and with them generation, are
+as good as equal. Median of the steps after
 the first two, which warm up kernels and caches. `overhead` is everything but generation and the model's own forward and
 backward passes (training and log-probs), as a share of the step. Prints a table, and JSON on the last line. `--tiny` is
 a small run on the CPU without vLLM.
@@ -28,6 +29,8 @@ import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
+
+from fura_rl.trainer.sweep_worker import RunWorker
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 2
@@ -60,17 +63,16 @@ def recipe(args: argparse.Namespace, folder: Path) -> dict[str, object]:
     return options
 
 
-def measure(method: str, args: argparse.Namespace) -> list[dict[str, float]]:
+def measure(method: str, args: argparse.Namespace, worker: RunWorker, scratch: Path) -> list[dict[str, float]]:
     """A run with the method, as `phases_of_steps` reads it."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / method
-        config = Path(scratch) / "recipe.yaml"
-        config.write_text(yaml.safe_dump(recipe(args, Path(scratch))), encoding="utf-8")
-        command = [sys.executable, str(ROOT / "fura_rl/train_grpo.py"), "--config", str(config)]
-        command += ["--method", method, "--output_dir", str(folder)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"} if args.tiny else dict(os.environ)
-        subprocess.run(command, check=True, stdout=sys.stderr, env=environment)
-        return phases_of_steps(folder / "metrics.jsonl")
+    folder, config, log = scratch / method, scratch / f"{method}.yaml", scratch / f"{method}.log"
+    options = recipe(args, scratch) | {"method": method, "output_dir": str(folder)}
+    config.write_text(yaml.safe_dump(options), encoding="utf-8")
+    status = worker.make(config, log)
+    print(log.read_text(encoding="utf-8"), file=sys.stderr)
+    if status:
+        raise SystemExit(f"the run of {method} ended with status {status}.")
+    return phases_of_steps(folder / "metrics.jsonl")
 
 
 def phases_of_steps(metrics: Path) -> list[dict[str, float]]:
@@ -127,7 +129,10 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["fura", "lora", "full"], metavar="METHOD")
     parser.add_argument("--steps", type=int, default=6, help=f"of each method; the first {WARM_UP} do not count")
     args = parser.parse_args()
-    rows = [summary(method, measure(method, args)) for method in args.methods]
+    worker = RunWorker({**os.environ, "OMP_NUM_THREADS": "1"} if args.tiny else dict(os.environ))
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = [summary(method, measure(method, args, worker, Path(scratch))) for method in args.methods]
+        worker.close()
     report(args, rows, table, 140)
 
 
