@@ -44,7 +44,8 @@ class VLLMSampler:
             try:
                 for request_id, index in index_of.items():
                     request = requests[index]
-                    prompt = {"prompt_token_ids": request.prompt_token_ids}
+                    # As vLLM's own renderer gives it: the engine takes it as it is.
+                    prompt = {"type": "token", "prompt_token_ids": request.prompt_token_ids}
                     engine.add_request(request_id, prompt, _vllm_params(request))
                 while engine.has_unfinished_requests():
                     for output in engine.step():

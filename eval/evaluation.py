@@ -28,12 +28,13 @@ class SamplingByName(Protocol):
 
 @dataclass(frozen=True)
 class Draw:
-    """One completion to draw: which benchmark, which problem, which of its samples, and the request for it."""
+    """One completion to draw: which benchmark, problem and sample of it, the request, and its prompt as text."""
 
     benchmark: Benchmark
     problem: Problem
     index: int
     request: Request
+    prompt: str
     key: str
 
 
@@ -111,12 +112,12 @@ def evaluate(
     started = time.perf_counter()
     journal = None if out_dir is None else Journal(out_dir, (draw.key for draw in draws))
     try:
-        completions, timing = _complete(sampler, tokenizer, draws, journal, progress)
+        completions, timing = _complete(sampler, draws, journal, progress)
         sampled = time.perf_counter()
         graded = grade(verifier, completions, [draw.problem.answer for draw in draws])
         evaluation = _assemble(benchmarks, prompt, draws, graded, verifier, timing)
         if journal is not None:
-            journal.finish(_lines(tokenizer, draws, graded))
+            journal.finish(_lines(draws, graded))
     finally:
         if journal is not None:
             journal.close()
@@ -156,14 +157,15 @@ def plan(
         chosen = sampling if isinstance(sampling, Sampling) else sampling[benchmark.name]
         for problem in benchmark.problems:
             token_ids = prompt.token_ids(problem.problem, tokenizer)
+            text = tokenizer.decode(token_ids)
             for index in range(chosen.n):
                 request = Request(token_ids, chosen, sample_seed(chosen.seed, benchmark.name, problem.id, index))
-                draws.append(Draw(benchmark, problem, index, request, sample_key(identity, request)))
+                draws.append(Draw(benchmark, problem, index, request, text, sample_key(identity, request)))
     return draws
 
 
 def _complete(
-    sampler: Sampler, tokenizer: Any, draws: list[Draw], journal: Journal | None, progress: bool
+    sampler: Sampler, draws: list[Draw], journal: Journal | None, progress: bool
 ) -> tuple[list[Completion], dict[str, float]]:
     """A completion for each draw: from the journal, or else from the sampler, journalled as it finishes."""
     done = dict(journal.finished) if journal is not None else {}
@@ -171,7 +173,9 @@ def _complete(
     reused = len(draws) - len(missing)
     tokens = 0
     started = time.perf_counter()
-    with tqdm(total=len(draws), initial=reused, desc="evaluate", unit="sample", disable=not progress) as bar:
+    with tqdm(
+        total=len(draws), initial=reused, desc="evaluate", unit="sample", mininterval=0.5, disable=not progress
+    ) as bar:
 
         def on_sample(index: int, sample: Sample) -> None:
             nonlocal tokens
@@ -179,12 +183,14 @@ def _complete(
             done[draw.key] = Completion(sample.text, len(sample.token_ids), sample.finish_reason, draw.request.seed)
             tokens += len(sample.token_ids)
             if journal is not None:
-                journal.append(_line(tokenizer, draw, done[draw.key]))
+                journal.append(_line(draw, done[draw.key]))
             bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):,.0f} tok/s", refresh=False)
             bar.update()
 
         if missing:
             sampler.sample([draw.request for draw in missing], on_sample)
+            if journal is not None:
+                journal.flush()
     seconds = time.perf_counter() - started
     timing = {
         "sample_seconds": seconds,
@@ -236,24 +242,24 @@ def _assemble(
     return Evaluation(scores, samples, settings, timing)
 
 
-def _line(tokenizer: Any, draw: Draw, completion: Completion) -> dict[str, Any]:
+def _line(draw: Draw, completion: Completion) -> dict[str, Any]:
     return {
         "benchmark": draw.benchmark.name,
         "id": draw.problem.id,
         "sample": draw.index,
         "key": draw.key,
         "seed": completion.seed,
-        "prompt": tokenizer.decode(draw.request.prompt_token_ids),
+        "prompt": draw.prompt,
         "completion": completion.text,
         "tokens": completion.tokens,
         "finish_reason": completion.finish_reason,
     }
 
 
-def _lines(tokenizer: Any, draws: list[Draw], graded: list[GradedSample]) -> list[dict[str, Any]]:
+def _lines(draws: list[Draw], graded: list[GradedSample]) -> list[dict[str, Any]]:
     return [
         {
-            **_line(tokenizer, draw, sample.completion),
+            **_line(draw, sample.completion),
             "answer": draw.problem.answer,
             "extracted": sample.extracted,
             "correct": sample.correct,

@@ -1,9 +1,9 @@
 """`samples.jsonl`: every completion, written as it finishes and reused after an interruption.
 
-While a run goes on, finished completions are appended ungraded, a line each, so that a kill loses at most the line
-being written. At the end the file is replaced by the same completions in the order of the benchmarks, with their
-grades. A line is reused only under the same key: a hash of the model's identity, the prompt's token ids, the sampling
-and the seed.
+While a run goes on, finished completions are appended ungraded, a line each, by a thread that writes what there is at
+once, so that sampling waits for no disk; a kill loses the lines on their way, usually none. At the end the file is
+replaced by the same completions in the order of the benchmarks, with their grades. A line is reused only under the same
+key: a hash of the model's identity, the prompt's token ids, the sampling and the seed.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from fura_rl.errors import FuraError
@@ -55,9 +57,13 @@ class Journal:
         with writing(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             self._read(set(keys))
-            # Unbuffered: a line is with the operating system when `append` returns, and a failed write leaves nothing
-            # behind to fail again at close.
+            # Unbuffered: a line is with the operating system once written, and a failed write leaves nothing behind to
+            # fail again at close.
             self._file = self.path.open("ab", buffering=0)
+        self._queue: SimpleQueue[Mapping[str, Any] | threading.Event | None] = SimpleQueue()
+        self._failure: Exception | None = None
+        self._writer = threading.Thread(target=self._write_queue, name="journal", daemon=True)
+        self._writer.start()
 
     def _read(self, keys: set[str]) -> None:
         if not self.path.exists():
@@ -93,20 +99,55 @@ class Journal:
                 file.write("\n")
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Writes one finished completion; it survives the process from here on."""
-        with writing(self.directory):
-            data = (json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", LONE_SURROGATES)
-            while data:
-                data = data[self._file.write(data) :]
+        """Hands one finished completion to the writing thread; `flush` says when it survives the process.
+
+        Raises:
+            FuraError: An earlier one could not be written.
+        """
+        self._check()
+        self._queue.put(line)
+
+    def flush(self) -> None:
+        """Returns when everything appended is with the operating system; raises as `append` does."""
+        written = threading.Event()
+        self._queue.put(written)
+        written.wait()
+        self._check()
 
     def finish(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Replaces the file by the graded completions, in order."""
-        self._file.close()
+        self.flush()
+        self.close()
         with writing(self.directory):
             write_atomically(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
     def close(self) -> None:
-        self._file.close()
+        """Writes what is still waiting, as far as the disk takes it; a second call does nothing."""
+        if not self._file.closed:
+            self._queue.put(None)
+            self._writer.join()
+            self._file.close()
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            with writing(self.directory):
+                raise self._failure
+
+    def _write_queue(self) -> None:
+        """The thread: lines in their order, until None."""
+        while (item := self._queue.get()) is not None:
+            if isinstance(item, threading.Event):
+                item.set()
+            elif self._failure is None:  # after a failed write a torn line may be the last one
+                try:
+                    self._write(item)
+                except Exception as error:  # raised where lines come from, which must not wait for a dead thread
+                    self._failure = error
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        data = (json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", LONE_SURROGATES)
+        while data:
+            data = data[self._file.write(data) :]
 
 
 @contextmanager

@@ -1,8 +1,10 @@
 """`samples.jsonl`: what is kept, reused, redone and moved aside, and what happens on a full disk."""
 
 import json
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -191,6 +193,7 @@ line = dict(key="k", completion="x" * 300, tokens=300, finish_reason="stop", see
 try:
     for i in range(100):
         journal.append({**line, "key": f"k{i}"})
+    journal.flush()
 except FuraError as error:
     print(error)
 journal.close()
@@ -208,4 +211,31 @@ def test_a_write_that_fails_keeps_what_was_finished(tmp_path):
     with pytest.warns(UserWarning, match="1 damaged"):
         journal = Journal(tmp_path, [f"k{i}" for i in range(100)])
     assert list(journal.finished) == ["k0", "k1", "k2", "k3", "k4"]
+    journal.close()
+
+
+def test_appending_waits_for_no_disk(tmp_path):
+    """A pipe that is full stands for a disk that hangs: lines can be appended, and `flush` waits for them."""
+    journal = Journal(tmp_path, [])
+    reader, writer = os.pipe()
+    journal._file.close()
+    journal._file = os.fdopen(writer, "wb", buffering=0)
+    line = {"key": "k", "completion": "x" * 300_000, "tokens": 1, "finish_reason": "stop", "seed": 1}
+    for number in range(3):
+        journal.append({**line, "seed": number})
+    with ThreadPoolExecutor() as threads, os.fdopen(reader, "rb") as file:
+        flushed = threads.submit(journal.flush)
+        assert not flushed.done()
+        assert [json.loads(file.readline())["seed"] for _ in range(3)] == [0, 1, 2]
+        flushed.result(timeout=60)
+    journal.close()
+
+
+def test_what_cannot_be_written_is_raised_where_it_came_from(tmp_path):
+    journal = Journal(tmp_path, [])
+    journal.append({"key": object()})
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        journal.flush()
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        journal.append({"key": "k"})
     journal.close()
