@@ -138,7 +138,8 @@ class Slot:
     ) -> None:
         self.environment = dict(os.environ)
         if number:
-            cache = Path(os.environ.get("VLLM_CACHE_ROOT", "~/.cache/vllm")).expanduser()
+            usual = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "vllm")
+            cache = Path(os.environ.get("VLLM_CACHE_ROOT", usual)).expanduser()
             self.environment["VLLM_CACHE_ROOT"] = str(cache / f"sweep-{number}")
         if gpu is not None:
             self.environment["CUDA_VISIBLE_DEVICES"] = str(gpu)

@@ -14,12 +14,15 @@ import signal
 import subprocess
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 OTHER_ENGINE = 75  # status of a run that needs an engine with other arguments: it has to start in a new process
+INTERRUPTED = 128 + signal.SIGINT  # status of a run that was not begun
 EXIT_S = 60  # that an idle process may take to end
 OF_THE_ENGINE = ("VLLM_", "TORCHINDUCTOR_", "TRITON_")  # what an engine's start puts into the environment stays
+OF_THE_PROCESS = ("full_determinism", "tf32", "torch_compile")  # switch what the next run would compute with, too
 
 
 def can_share(options: dict[str, Any]) -> bool:
@@ -27,7 +30,7 @@ def can_share(options: dict[str, Any]) -> bool:
     return (
         options.get("use_vllm", True)
         and options.get("vllm_mode", "colocate") == "colocate"
-        and not any(options.get(name) for name in ("vllm_enable_sleep_mode", "deepspeed", "fsdp"))
+        and not any(options.get(name) for name in ("vllm_enable_sleep_mode", "deepspeed", "fsdp", *OF_THE_PROCESS))
     )
 
 
@@ -41,6 +44,7 @@ class RunWorker:
     def __init__(self, environment: dict[str, str]) -> None:
         self.environment = environment
         self.process: subprocess.Popen[bytes] | None = None
+        self.interrupted = False
 
     def make(self, recipe: Path, log: Path) -> int:
         """Make the run of a recipe's file, its output appended to `log`; returns its exit status."""
@@ -55,7 +59,7 @@ class RunWorker:
     def _make(self, recipe: Path, log: Path) -> int:
         if self.process is not None and self.process.poll() is not None:
             self.close()
-        if self.process is None:
+        if self.process is None and not self.interrupted:
             command = [sys.executable, "-m", "fura_rl.trainer.sweep_worker"]
             with log.open("ab") as stderr:  # of what goes wrong before the first run
                 self.process = subprocess.Popen(
@@ -66,16 +70,19 @@ class RunWorker:
                     env=self.environment,
                     bufsize=0,
                 )
+        if self.interrupted or self.process is None:  # maybe since the process was started
+            return INTERRUPTED
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps([str(recipe), str(log)]).encode() + b"\n")
         while not select.select([self.process.stdout], [], [], 0.2)[0]:
             if self.process.poll() is not None:  # a child of it may hold the other end of the pipe
-                return self.process.returncode
+                return self.process.returncode or 1
         answer = self.process.stdout.readline()
         return int(answer) if answer else self.process.wait() or 1
 
     def interrupt(self) -> None:
-        """Have the run write a checkpoint and end, as Ctrl-C does."""
+        """Have the run write a checkpoint and end, as Ctrl-C does; none is begun from now on."""
+        self.interrupted = True
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
 
@@ -97,6 +104,8 @@ def serve() -> None:
     """Read `[recipe, log]` from stdin, a line a run, and answer with the run's exit status, until stdin ends."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     requests = os.fdopen(os.dup(0))
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)  # a run that asks something must not wait for, or take, the next request
     first = requests.readline()  # before the imports: their warnings belong into the first run's log
     if not first:
         return
@@ -161,13 +170,16 @@ def restore_environment(before: dict[str, str]) -> None:
 
 
 def release_memory() -> None:
-    """Free the trainer of the run that has ended, whose parts refer to each other, on the GPU too."""
+    """Free the trainer of the run that has ended, whose parts refer to each other, and forget how much it held."""
     import torch
 
     gc.unfreeze()  # the engine's start has exempted what there was from collection, and so the first run's trainer
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):  # not Linux, or a container that does not allow it
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to what is resident now
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ import pytest
 import yaml
 
 from fura_rl.errors import FuraError
+from fura_rl.rewards.memory import peak_mib
 from fura_rl.rollout import shared
-from fura_rl.trainer.sweep import sweep_command
-from fura_rl.trainer.sweep_worker import can_share, restore_environment
+from fura_rl.trainer.sweep import Slot, sweep_command
+from fura_rl.trainer.sweep_worker import RunWorker, can_share, release_memory, restore_environment
 
 OF_THE_MACHINE = ("time", "seconds", "per_second", "memory", "cache_hits")
 RATE = {"learning_rate": 1e-3}
@@ -113,9 +114,54 @@ def test_ctrl_c_of_a_sweep_ends_its_worker_with_a_checkpoint(sweep):
     assert list(run.glob("checkpoint-*")) and not (folder / "lora-seed=1").exists()
 
 
+def test_after_an_interruption_no_run_is_begun(tmp_path):
+    """Ctrl-C may come while a slot waits for one process to end and is about to start the next."""
+    worker = RunWorker(dict(os.environ))
+    worker.interrupt()
+    assert worker.make(tmp_path / "recipe.yaml", tmp_path / "log.txt") != 0
+    assert worker.process is None and not (tmp_path / "log.txt").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_run_that_asks_something_gets_no_answer(tmp_path):
+    """The process's standard input is the sweep's requests: `input()` in a run would wait for the next."""
+    command = [sys.executable, "-m", "fura_rl.trainer.sweep_worker"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while os.readlink(f"/proc/{process.pid}/fd/0") != os.devnull:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        process.stdin.close()
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems keep a process's peak")
+def test_a_run_does_not_report_the_memory_of_the_one_before():
+    held = bytearray(b"x") * 400 * 2**20
+    before = peak_mib()
+    del held
+    release_memory()
+    assert peak_mib() < before - 300
+
+
+def test_what_engines_compile_is_kept_apart_where_vllm_would_keep_it(monkeypatch):
+    monkeypatch.delenv("VLLM_CACHE_ROOT", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/scratch")
+    assert "VLLM_CACHE_ROOT" not in Slot().environment
+    assert Slot(number=1).environment["VLLM_CACHE_ROOT"] == "/scratch/vllm/sweep-1"
+    monkeypatch.setenv("VLLM_CACHE_ROOT", "/other")
+    assert Slot(number=2).environment["VLLM_CACHE_ROOT"] == "/other/sweep-2"
+
+
 def test_only_colocated_engines_that_stay_awake_are_shared():
     assert can_share({})
-    for option in ({"use_vllm": False}, {"vllm_mode": "server"}, {"vllm_enable_sleep_mode": True}, {"fsdp": "x"}):
+    for option in ({"use_vllm": False}, {"vllm_mode": "server"}, {"vllm_enable_sleep_mode": True}, {"fsdp": "x"},
+                   {"full_determinism": True}, {"tf32": True}):  # fmt: skip
         assert not can_share(option)
 
 
