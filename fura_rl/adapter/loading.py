@@ -18,6 +18,7 @@ from .layer import FuraLayer
 Tensors = dict[str, torch.Tensor]
 
 PEFT_PREFIX = "base_model.model."
+STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8)
 ORTHOGONALITY = 0.02  # rounding to float32 leaves 1e-6, to bf16 less than this
 
 
@@ -84,6 +85,7 @@ def _checked(
 
 def check_values(key: str, tensors: Mapping[str, torch.Tensor]) -> None:
     """Raises AdapterError unless all values are finite, the basis orthogonal and the singular values positive."""
+    check_form(key, tensors)
     for tensor, value in tensors.items():
         if value.numel() and not all(map(math.isfinite, value.aminmax())):  # one pass, no copy
             raise AdapterError(f"{tensor} of {key} holds NaN or infinite values: the adapter is corrupted.")
@@ -91,6 +93,15 @@ def check_values(key: str, tensors: Mapping[str, torch.Tensor]) -> None:
         raise AdapterError(f"sigma of {key} is not positive: the adapter is corrupted.")
     if "basis" in tensors and not _orthogonality_error(tensors["basis"].float()) <= ORTHOGONALITY:
         raise AdapterError(f"the basis of {key} is not orthogonal: the adapter is corrupted.")
+
+
+def check_form(key: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises AdapterError for a tensor whose values cannot even be looked at, by its dtype or number of dimensions."""
+    for tensor, value in tensors.items():
+        if value.dtype not in STORED or value.ndim == 0 or (tensor == "basis" and (value.ndim != 3 or len(value) == 0)):
+            raise AdapterError(
+                f"{tensor} of {key} is of {value.dtype} and shape {tuple(value.shape)}: the adapter is corrupted."
+            )
 
 
 def are_sound(stacks: Iterable[tuple[str, torch.Tensor]]) -> bool:

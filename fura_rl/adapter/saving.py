@@ -23,7 +23,7 @@ from .config import FuraConfig, SavedForm
 from .errors import AdapterError
 from .fingerprint import basis_probe, weight_fingerprint
 from .layer import FuraLayer
-from .loading import PEFT_PREFIX, Tensors, check_values, rebuild_basis
+from .loading import PEFT_PREFIX, Tensors, check_form, check_values, rebuild_basis
 
 
 def save_adapter(model: PeftModel, path: str | Path, form: SavedForm = "full", adapter_name: str = "default") -> Path:
@@ -87,7 +87,7 @@ def read_adapter(path: str | Path, check: bool = True) -> tuple[FuraConfig, dict
 
     Args:
         path: the adapter's folder, or a file in it.
-        check: False leaves `check_values` to the caller.
+        check: False leaves `check_values` to the caller, but for `check_form`.
 
     Raises:
         AdapterError: if it is no FuRA adapter, or its file is missing, truncated, pickled or holds broken values.
@@ -119,8 +119,7 @@ def read_adapter(path: str | Path, check: bool = True) -> tuple[FuraConfig, dict
         else:
             others[key] = value
     for module, blocks in modules.items():
-        if check:
-            check_values(module, blocks)
+        (check_values if check else check_form)(module, blocks)
         if "core" not in blocks:
             raise AdapterError(f"{weights} lacks the core of {module}.")
     return config, modules, others

@@ -8,9 +8,10 @@ import torch
 from torch.func import functional_call
 
 from fura_rl.adapter.blocks import FuraBlocks
-from fura_rl.adapter.config import Side
+from fura_rl.adapter.config import FuraConfig, Side
 from fura_rl.adapter.loading import Tensors
 from fura_rl.adapter.transform import HAVE_KERNELS, have_kernels, merge_input_side, merge_output_side
+from fura_rl.errors import FuraError
 
 if HAVE_KERNELS:
     from fura_rl.adapter.delta_kernels import run_delta
@@ -47,6 +48,22 @@ class Multiplier:
             merge_kernel.merge_into(weight, self.delta, out)
         else:
             out.copy_(self.merged(weight))
+
+
+def empty_blocks(module: str, config: FuraConfig, tensors: Tensors) -> FuraBlocks:
+    """Blocks for tensors of these shapes.
+
+    Raises:
+        FuraError: one is missing, or has another shape than the core asks for.
+    """
+    try:
+        blocks = FuraBlocks.from_tensors(config, {key: value.to("meta") for key, value in tensors.items()})
+    except RuntimeError as error:  # torch names the tensor and both shapes
+        raise FuraError(f"The adapter's tensors of {module} do not fit together: {error}") from error
+    missing = sorted(blocks.state_dict().keys() - tensors.keys() - {"base_sample"})
+    if missing:
+        raise FuraError(f"The adapter lacks {missing[0]} of {module}: its file is incomplete.")
+    return blocks
 
 
 def multiplier(blocks: FuraBlocks, tensors: Tensors) -> Multiplier:

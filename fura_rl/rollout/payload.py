@@ -23,7 +23,7 @@ from fura_rl.adapter.loading import Tensors, are_sound, check_values
 from fura_rl.adapter.saving import read_adapter
 from fura_rl.errors import FuraError
 from fura_rl.rollout.change import GROUP, decode, encode, is_close
-from fura_rl.rollout.multiplier import Multiplier, multiplier
+from fura_rl.rollout.multiplier import Multiplier, empty_blocks, multiplier
 
 TRAINED = ("core", "scale", "bias")  # what a step of training changes; basis, sigma, fold and base_sample stay
 FAMILY = ("side", "singular_values", "basis")  # the options that say how tensors make a multiplier
@@ -157,14 +157,12 @@ class Adapter:
             if "core" not in tensors or tensors["core"].ndim != 3:
                 raise FuraError(f"The adapter lacks the core of {module}.")
         config = FuraConfig(**self.family)
-        known: dict[
-            Any, FuraBlocks
-        ] = {}  # most modules have the same shapes, and making blocks takes longer than using
+        known: dict[Any, FuraBlocks] = {}  # by shapes: most modules share them, and making takes longer than using
         made = {}
         for module, tensors in self.to(device).modules.items():
             shapes = tuple((key, value.shape) for key, value in sorted(tensors.items()))
             if shapes not in known:
-                known[shapes] = _empty_blocks(module, config, tensors)
+                known[shapes] = empty_blocks(module, config, tensors)
             made[module] = multiplier(known[shapes], tensors)
         return made
 
@@ -178,22 +176,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _empty_blocks(module: str, config: FuraConfig, tensors: Tensors) -> FuraBlocks:
-    """Blocks for tensors of these shapes.
-
-    Raises:
-        FuraError: one is missing, or has another shape than the core asks for.
-    """
-    try:
-        blocks = FuraBlocks.from_tensors(config, {key: value.to("meta") for key, value in tensors.items()})
-    except RuntimeError as error:  # torch names the tensor and both shapes
-        raise FuraError(f"The adapter's tensors of {module} do not fit together: {error}") from error
-    missing = sorted(blocks.state_dict().keys() - tensors.keys() - {"base_sample"})
-    if missing:
-        raise FuraError(f"The adapter lacks {missing[0]} of {module}: its file is incomplete.")
-    return blocks
 
 
 def _digest(module: str, tensors: Mapping[str, torch.Tensor]) -> bytes:

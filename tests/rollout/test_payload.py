@@ -1,13 +1,17 @@
 """An adapter's tensors on their way to an engine's device, and what is refused there."""
 
+import shutil
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
 
 from fura_rl.adapter.errors import AdapterError
-from fura_rl.adapter.loading import ORTHOGONALITY, are_sound, check_values
-from fura_rl.rollout.payload import Adapter, read_folder
+from fura_rl.adapter.loading import ORTHOGONALITY, PEFT_PREFIX, are_sound, check_values
+from fura_rl.rollout.payload import Adapter, pack, read_folder, unpack
 
 ELSEWHERE = torch.device("cuda" if torch.cuda.is_available() else "cpu:0")  # no tensor says that it is on "cpu:0"
 
@@ -49,6 +53,29 @@ def test_bad_values_are_refused_with_their_place(adapter, key, spoil, reason, el
     spoil(spoiled)
     with pytest.raises(AdapterError, match=reason.format(name)):
         adapter.check_values(adapter.to(ELSEWHERE) if elsewhere else None)
+
+
+@pytest.mark.parametrize("key, change", [
+    ("basis", lambda t: t[0, 0]),
+    ("basis", lambda t: t[0, 0, 0]),
+    ("basis", lambda t: t[:0]),
+    ("core", lambda t: t.to(torch.complex64)),
+    ("core", lambda t: t.to(torch.float8_e4m3fn)),
+    ("scale", lambda t: t.view(-1)[0]),
+])  # fmt: skip
+def test_tensors_of_no_adapter_are_refused_in_a_sentence(adapter, adapter_dir, tmp_path, key, change):
+    """In a worker of several ranks any other exception would end the engine."""
+    name = list(adapter.modules)[3]
+    adapter.modules[name][key] = change(adapter.modules[name][key])
+    data = pack(adapter)
+    with pytest.raises(AdapterError, match=f"{key} of {name} is of torch.* and shape .*: the adapter is corrupted"):
+        unpack(data)
+    shutil.copytree(adapter_dir / "a", tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / SAFETENSORS_WEIGHTS_NAME)
+    key = f"{PEFT_PREFIX}{name}.fura_blocks.{key}"
+    save_file({**tensors, key: change(tensors[key]).clone()}, tmp_path / SAFETENSORS_WEIGHTS_NAME)
+    with pytest.raises(AdapterError, match="the adapter is corrupted"):
+        read_folder(tmp_path, check=False)
 
 
 @settings(max_examples=60, deadline=None)
