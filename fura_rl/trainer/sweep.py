@@ -160,6 +160,8 @@ class Slot:
             status = self.worker.make(recipe, log)
         else:
             self.worker.close()  # its engine's memory is needed
+            if self.worker.interrupted:  # maybe while that took its time
+                return False
             command = [sys.executable, "-m", "fura_rl.train_grpo", "--config", str(recipe)]
             with log.open("a", encoding="utf-8") as output:
                 status = subprocess.run(

@@ -13,7 +13,7 @@ import yaml
 from fura_rl.errors import FuraError
 from fura_rl.rewards.memory import peak_mib
 from fura_rl.rollout import shared
-from fura_rl.trainer.sweep import Slot, sweep_command
+from fura_rl.trainer.sweep import Slot, SweepRun, sweep_command
 from fura_rl.trainer.sweep_worker import RunWorker, can_share, release_memory, restore_environment
 
 OF_THE_MACHINE = ("time", "seconds", "per_second", "memory", "cache_hits")
@@ -120,6 +120,12 @@ def test_after_an_interruption_no_run_is_begun(tmp_path):
     worker.interrupt()
     assert worker.make(tmp_path / "recipe.yaml", tmp_path / "log.txt") != 0
     assert worker.process is None and not (tmp_path / "log.txt").exists()
+    slot = Slot()
+    slot.worker.interrupt()
+    for number, options in enumerate(({}, {"use_vllm": False})):
+        folder = tmp_path / str(number)
+        assert not slot.make(SweepRun("fura", "", 1, {**options, "max_steps": 1}, folder))
+        assert not (folder / "log.txt").exists()
 
 
 @pytest.mark.slow
