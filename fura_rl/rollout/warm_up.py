@@ -9,6 +9,8 @@ import torch
 from fura_rl.adapter.basis import closest_block_size
 from fura_rl.rollout.payload import Adapter
 
+LARGEST = 256  # blocks beyond (a width with a large prime factor) have no kernels
+
 
 def warm_up(widths: Iterable[int], dtype: torch.dtype, device: torch.device) -> None:
     """Runs what a swap runs, on zeros as wide as an engine's layers: Triton compiles a kernel when it is first called.
@@ -21,8 +23,9 @@ def warm_up(widths: Iterable[int], dtype: torch.dtype, device: torch.device) -> 
         device: The engine's.
     """
     modules = {}
-    for width in set(widths):
-        b = closest_block_size(width)
+    for width, b in {width: closest_block_size(width) for width in widths}.items():
+        if b > LARGEST:
+            continue
         core, ones = torch.zeros(width // b, b, b), torch.ones(width // b, b)
         basis = torch.eye(b).expand_as(core)
         modules[str(width)] = {"core": core, "scale": ones, "basis": basis, "sigma": ones}
