@@ -13,7 +13,7 @@ from fura_rl.adapter.inspect import info_command
 from fura_rl.errors import FuraError
 from fura_rl.eval.commands import compare_command, eval_command, overlap_command
 from fura_rl.merge import merge_command
-from fura_rl.plan import plan_command
+from fura_rl.plan_command import plan_command
 from fura_rl.rewards.audit import audit_command
 from fura_rl.rollout.client import swap_command
 from fura_rl.rollout.serve import serve_command

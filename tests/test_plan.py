@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from fura_rl.cli import app
 from fura_rl.errors import FuraError
 from fura_rl.memory import STRATEGIES, ModelSizes, Strategy
-from fura_rl.plan import GIB, MARGIN, Run, check_memory, misfit, remarks, strategy_of
+from fura_rl.plan import GIB, MARGIN, Run, check_memory, misfit, strategy_of
+from fura_rl.plan_command import remarks
 from fura_rl.train_grpo import main, parse
 
 FURA_7B = ModelSizes(
