@@ -50,10 +50,9 @@ class AdapterRows:
         rows = torch.tensor([slots.get(adapter, -1) for adapter in adapters], dtype=torch.int32)
         order, starts = sort_rows(rows, len(self.starts) - 1)
         changed = max(len(rows), int(self.counts[1]))  # what the last batch had, and this one has not, is taken back
-        none, themselves = torch.full((changed,), -1), torch.arange(changed)
-        news = torch.cat([rows, none[len(rows) :]]), torch.cat([order, themselves[len(rows) :]]), starts
-        for own, new in zip((self.ids, self.order, self.starts), news, strict=True):
-            new = new.int()
+        ids = torch.nn.functional.pad(rows, (0, changed - len(rows)), value=-1)
+        order = torch.cat([order, torch.arange(len(rows), changed, dtype=torch.int32)])
+        for own, new in zip((self.ids, self.order, self.starts), (ids, order, starts), strict=True):
             own[: len(new)].copy_(new.pin_memory() if own.is_cuda else new, non_blocking=True)
         self.counts.copy_(torch.tensor([int((rows >= 0).sum()), len(rows)]))
 

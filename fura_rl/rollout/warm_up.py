@@ -9,8 +9,6 @@ import torch
 from fura_rl.adapter.basis import closest_block_size
 from fura_rl.rollout.payload import Adapter
 
-LARGEST = 256  # blocks beyond (a width with a large prime factor) have no kernels
-
 
 def warm_up(widths: Iterable[int], dtype: torch.dtype, device: torch.device) -> None:
     """Runs what a swap runs, on zeros as wide as an engine's layers: Triton compiles a kernel when it is first called.
@@ -22,9 +20,11 @@ def warm_up(widths: Iterable[int], dtype: torch.dtype, device: torch.device) -> 
         dtype: The engine's, and its checkpoint's.
         device: The engine's.
     """
+    from fura_rl.rollout.merge_kernel import LARGEST_BLOCK  # needs Triton, as what is warmed up does
+
     modules = {}
     for width, b in {width: closest_block_size(width) for width in widths}.items():
-        if b > LARGEST:
+        if b > LARGEST_BLOCK:  # goes through torch
             continue
         core, ones = torch.zeros(width // b, b, b), torch.ones(width // b, b)
         basis = torch.eye(b).expand_as(core)
