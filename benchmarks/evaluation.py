@@ -2,10 +2,10 @@
 
 Draws the same greedy completions of MATH-500 with `llm.generate` and with `evaluate`, on one engine, in pairs whose
 order alternates (ABBA), so that a drift of the machine favours neither; what counts is the median over pairs of the
-ratio of seconds a token. Both clocks run from token ids to completions with their texts:
-adding the requests, the engine's steps, detokenising, and for `evaluate` the progress bar and the journal, until its
-last line is written. Neither includes rendering prompts or grading. `outside` is wall time in neither the engine's
-`step` nor its `add_request`: all that a caller of the engine can add by itself. JSON is the last line.
+ratio of seconds a token. Both clocks run from token ids to completions with their texts: adding the requests, the
+engine's steps, detokenising, and for `evaluate` the progress bar and the journal, until its last line is written.
+Neither includes rendering prompts or grading. `outside` is wall time in neither the engine's `step` nor its
+`add_request`: all that a caller of the engine can add by itself. JSON is the last line.
 """
 
 from __future__ import annotations

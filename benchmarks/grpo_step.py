@@ -5,10 +5,9 @@
 
 Runs the recipe as a sweep would, `--steps` steps for each method, one after another in a process with one engine. The
 learning rate is so small that every method samples from the same weights: completions, and with them generation, are
-as good as equal. Median of the steps after
-the first two, which warm up kernels and caches. `overhead` is everything but generation and the model's own forward and
-backward passes (training and log-probs), as a share of the step. Prints a table, and JSON on the last line. `--tiny` is
-a small run on the CPU without vLLM.
+as good as equal. Median of the steps after the first two, which warm up kernels and caches. `overhead` is everything
+but generation and the model's own forward and backward passes (training and log-probs), as a share of the step. Prints
+a table, and JSON on the last line. `--tiny` is a small run on the CPU without vLLM.
 """
 
 from __future__ import annotations
