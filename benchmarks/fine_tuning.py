@@ -2,7 +2,7 @@ r"""Methods compared in supervised fine-tuning: what is learned, over learning r
 
     python benchmarks/fine_tuning.py --model PATH --train train.jsonl --test test.jsonl --unrelated FILES
         --out rows.jsonl [--methods fura lora:lora_r=8,lora_alpha=16 full ...] [--rates 1e-3 ... | full=1e-4 ...]
-        [--seeds 1 2 3]
+        [--seeds 1 2 3] [--schedule linear]
 
 Each run fine-tunes the checkpoint, in float32 (under bf16 autocast on a GPU), on solutions (JSONL with `problem` and
 `solution`); the loss is that of a solution's token. For one seed all methods see the same examples in the same order. A
@@ -85,7 +85,7 @@ def fine_tune(base: nn.Module, spec: str, rate: float, seed: int, data: dict, ar
 
     before, started = losses(), time.perf_counter()
     solutions.fine_tune(
-        model, data["train"], lambda step: rate if step >= args.warmup else rate * step / args.warmup,
+        model, data["train"], lambda step: rate * share_of_rate(step, args),
         steps=args.steps, batch=args.batch, seed=seed, autocast=on_gpu,
     )  # fmt: skip
     seconds = time.perf_counter() - started
@@ -95,6 +95,13 @@ def fine_tune(base: nn.Module, spec: str, rate: float, seed: int, data: dict, ar
         method=spec, rate=rate, seed=seed, trainable=trainable, seconds=seconds,
         before=before[0], loss=after[0], learned=before[0] - after[0], forgotten=after[1] - before[1],
     )  # fmt: skip
+
+
+def share_of_rate(step: int, args: argparse.Namespace) -> float:
+    """The learning rate of a step as a share of the run's: rising at first, then constant or falling to 0."""
+    if step < args.warmup:
+        return step / args.warmup
+    return (args.steps - step) / (args.steps - args.warmup) if args.schedule == "linear" else 1.0
 
 
 def summarise(rows: list[dict]) -> list[dict]:
@@ -152,6 +159,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=10)
+    parser.add_argument("--schedule", choices=("constant", "linear"), default="constant", help="after the warm-up")
     parser.add_argument("--limit", type=int, default=256, help="longest example, in tokens")
     parser.add_argument("--held-out", type=int, default=128, help="examples of each file that losses are measured on")
     return parser.parse_args()
@@ -180,6 +188,7 @@ def main() -> None:
             raise FuraError(f"No example of --{name} has {args.limit} tokens or fewer: raise --limit.")
     digest = hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]
     setting = [args.model, device, args.steps, args.batch, args.warmup, digest]
+    setting += [args.schedule] if args.schedule != "constant" else []
     done = read_lines(args.out)
     rows = [row for row in done if row["setting"] == setting]
     made = {(row["method"], row["rate"], row["seed"]) for row in rows}

@@ -6,8 +6,9 @@
 Runs the recipe as a sweep would, `--steps` steps for each method, one after another in a process with one engine. The
 learning rate is so small that every method samples from the same weights: completions, and with them generation, are
 as good as equal. Median of the steps after the first two, which warm up kernels and caches. `overhead` is everything
-but generation and the model's own forward and backward passes (training and log-probs), as a share of the step. Prints
-a table, and JSON on the last line. `--tiny` is a small run on the CPU without vLLM.
+but generation and the model's own forward and backward passes (training and log-probs), as a share of the step. A
+method's row goes to stderr when it is known; then a table, and JSON on the last line. `--tiny` is a small run on the
+CPU without vLLM.
 """
 
 from __future__ import annotations
@@ -130,7 +131,10 @@ def main() -> None:
     args = parser.parse_args()
     worker = RunWorker({**os.environ, "OMP_NUM_THREADS": "1"} if args.tiny else dict(os.environ))
     with tempfile.TemporaryDirectory() as scratch:
-        rows = [summary(method, measure(method, args, worker, Path(scratch))) for method in args.methods]
+        rows = []
+        for method in args.methods:
+            rows.append(summary(method, measure(method, args, worker, Path(scratch))))
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
         worker.close()
     report(args, rows, table, 140)
 

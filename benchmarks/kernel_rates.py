@@ -1,11 +1,12 @@
 r"""Every kernel of the adapter alone: against torch, and against a copy of as many bytes.
 
-    python benchmarks/kernel_rates.py [--groups transform shared delta merge gathered] [--rows 16384] [--launches 25]
+    python benchmarks/kernel_rates.py [--groups GROUP ...] [--rows 16384] [--launches 25]
 
 - `transform`: `x + x D^T` forward; backward (`dx`, `dD` and the sum over shares), also with `x` as its two factors.
 - `shared`: the same for two or three layers that read one `x` (gate/up, q/k/v).
 - `delta`: the multipliers `D` of one and of three layers from their trained tensors, and the gradients of these.
 - `merge`: `W (I + D)` into an engine's storage.
+- `four_bit`: `W (I + D)` from NF4 codes, and for comparison bitsandbytes' `W` (needs bitsandbytes).
 - `gathered`: rows of many adapters in one batch, as an engine decodes (128 rows) and reads prompts (2,048).
 
 Each launch is timed by itself with device events, after 256 MiB have been written so that nothing is left in the L2
@@ -24,44 +25,36 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.util import find_spec
 
 if "--cpu" in sys.argv:  # chosen before Triton is imported
     os.environ |= {"TRITON_INTERPRET": "1", "FURA_KERNELS": "triton", "CUDA_VISIBLE_DEVICES": ""}
 
 import torch
+from rated_kernels import (
+    Case,
+    Results,
+    delta_cases,
+    four_bit_cases,
+    gathered_cases,
+    merge_cases,
+    shared_cases,
+    transform_cases,
+)
 from rich.console import Console
 from rich.table import Table
 
-from fura_rl.adapter import delta_kernels, gathered, kernels, shared_kernels, transform
-from fura_rl.rollout import merge_kernel
-
 # (n, b) of the models in docs/performance.md, and the ends of the range; K = n * b
-BLOCKS = [(128, 16), (28, 32), (32, 64), (56, 64), (64, 76), (64, 96), (16, 128), (128, 148), (14, 256)]
+BLOCKS = [(128, 16), (28, 32), (32, 64), (56, 64), (64, 76), (64, 96), (16, 128), (128, 148), (148, 128), (14, 256)]
 SHARED = [(28, 32, 3), (28, 32, 2), (32, 64, 3), (32, 64, 2), (56, 64, 3), (56, 64, 2)]  # with the number of layers
 WEIGHTS = [(4864, 28, 32), (896, 64, 76), (2048, 32, 64), (6144, 32, 64), (2048, 64, 96)]  # out, n, b
+FOUR_BIT = [(2048, 32, 64), (2048, 64, 96), (18944, 56, 64), (3584, 148, 128)]
 GATHERED = [(128, 1), (128, 16), (2048, 16)]  # rows, adapters among them; of 32 x 64, q/k/v
-GROUPS = ("transform", "shared", "delta", "merge", "gathered")
+GROUPS = ("transform", "shared", "delta", "merge", "four_bit", "gathered")
 MOST_DIFFERENCE = 0.02
-Results = torch.Tensor | Sequence[torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One kernel on one shape.
-
-    Attributes:
-        least_bytes: That must move through memory.
-        run, torch: The kernels and the same without; each returns what it computed.
-    """
-
-    kernel: str
-    shape: str
-    least_bytes: int
-    run: Callable[[], Results]
-    torch: Callable[[], Results]
 
 
 @dataclass(frozen=True)
@@ -74,130 +67,6 @@ class Row:
     of_a_copy: float
     torch_us: float
     difference: float
-
-
-def without_kernels(function: Callable[[], Results]) -> Results:
-    transform.kernel_choice, before = "torch", transform.kernel_choice
-    try:
-        return function()
-    finally:
-        transform.kernel_choice = before
-
-
-def transform_cases(rows: int, device: str, n: int, b: int) -> list[Case]:
-    x, other, g = (torch.randn(rows, n * b, device=device, dtype=torch.bfloat16) for _ in range(3))
-    delta = (torch.randn(n, b, b, device=device) / b).bfloat16()
-    leaf, leaf_delta = x.clone().requires_grad_(), delta.clone().requires_grad_()
-
-    def plain() -> torch.Tensor:
-        return without_kernels(lambda: transform.block_transform(leaf, leaf_delta))
-
-    y = plain()
-
-    def factors() -> Results:
-        dx, shares = kernels.run_gradient_shares(g, x, delta, True, other=other)
-        return dx, shares.sum(0)
-
-    def plain_factors() -> Results:
-        product = (x * other).requires_grad_()
-        y = without_kernels(lambda: transform.block_transform(product, leaf_delta))
-        return torch.autograd.grad(y, (product, leaf_delta), g)
-
-    def plain_backward() -> Results:
-        return torch.autograd.grad(y, (leaf, leaf_delta), g, retain_graph=True)
-
-    shape, unit, small = f"{n} x {b}", x.nbytes, delta.nbytes  # D is read in bf16, its gradient written in float32
-    return [
-        Case("forward", shape, 2 * unit + small, lambda: kernels.run_transform(x, delta), plain),
-        Case("backward", shape, 3 * unit + 3 * small, lambda: kernels.run_gradient(g, x, delta, True), plain_backward),
-        Case("backward, of factors", shape, 4 * unit + 3 * small, factors, plain_factors),
-    ]
-
-
-def shared_cases(rows: int, device: str, n: int, b: int, count: int) -> list[Case]:
-    x = torch.randn(rows, n * b, device=device, dtype=torch.bfloat16)
-    gradients = [torch.randn_like(x) for _ in range(count)]
-    delta = (torch.randn(count, n, b, b, device=device) / b).bfloat16()
-    leaf, deltas = x.clone().requires_grad_(), [d.clone().requires_grad_() for d in delta]
-
-    def plain() -> list[torch.Tensor]:
-        return without_kernels(lambda: [transform.block_transform(leaf, d) for d in deltas])
-
-    ys = plain()
-
-    def backward() -> Results:
-        dx, shares = shared_kernels.run_shared_gradient_shares(gradients, x, delta, True)
-        return dx, *shares.sum(0)
-
-    def plain_backward() -> Results:
-        return torch.autograd.grad(ys, [leaf, *deltas], gradients, retain_graph=True)
-
-    shape, unit, small = f"{count} of {n} x {b}", x.nbytes, delta.nbytes
-    forward = lambda: shared_kernels.run_shared_transform(x, delta)  # noqa: E731
-    return [
-        Case("shared forward", shape, (1 + count) * unit + small, forward, plain),
-        Case("shared backward", shape, (2 + count) * unit + 3 * small, backward, plain_backward),
-    ]
-
-
-def delta_cases(device: str, n: int, b: int, count: int) -> list[Case]:
-    bases = [torch.linalg.qr(torch.randn(n, b, b, device=device))[0].contiguous() for _ in range(count)]
-    sigmas = [torch.rand(n, b, device=device) + 1 for _ in range(count)]
-    cores = [(torch.randn(n, b, b, device=device) / b).requires_grad_() for _ in range(count)]
-    scales = [(torch.randn(n, b, device=device) / b).requires_grad_() for _ in range(count)]
-    adapters = [tuple(t.detach() for t in a) for a in zip(bases, sigmas, cores, scales, strict=True)]
-    d_delta = torch.randn(1, count, n, b, b, device=device)  # one share
-
-    def plain() -> list[torch.Tensor]:
-        return [transform.block_delta(*adapter) for adapter in zip(bases, sigmas, cores, scales, strict=True)]
-
-    deltas = plain()
-
-    def build() -> Results:
-        return list(delta_kernels.run_deltas(adapters, False, False, torch.bfloat16))
-
-    def backward() -> Results:
-        d_cores, d_scales = delta_kernels.run_delta_gradients(d_delta, adapters, False, False)
-        return [*d_cores, *d_scales]
-
-    def plain_backward() -> Results:
-        return torch.autograd.grad(deltas, [*cores, *scales], list(d_delta[0]), retain_graph=True)
-
-    shape, entries = f"{count} of {n} x {b}", count * n * b * b
-    return [
-        Case("D", shape, entries * (4 + 4 + 2), build, lambda: [d.bfloat16() for d in plain()]),
-        Case("gradients from D's", shape, entries * 4 * 4, backward, plain_backward),
-    ]
-
-
-def merge_cases(device: str, out: int, n: int, b: int) -> list[Case]:
-    weight = torch.randn(out, n * b, device=device, dtype=torch.bfloat16)
-    delta, stored = torch.randn(n, b, b, device=device) / b / 10, torch.empty_like(weight)
-
-    def merge() -> Results:
-        merge_kernel.merge_into(weight, delta, stored)
-        return stored
-
-    def plain() -> Results:
-        return transform.merge_input_side(weight.float(), delta).bfloat16()
-
-    return [Case("merge", f"{out} of {n} x {b}", 2 * weight.nbytes + delta.nbytes, merge, plain)]
-
-
-def gathered_cases(device: str, n: int, b: int, rows: int, adapters: int) -> list[Case]:
-    parts = 3
-    x = torch.randn(rows, n * b, device=device, dtype=torch.bfloat16)
-    delta = (torch.randn(adapters, parts, n, b, b, device=device) / b).bfloat16()
-    active = torch.ones(adapters, parts, dtype=torch.int32, device=device)
-    ids = (torch.arange(rows, device=device) % adapters).int()
-    known = gathered.sort_rows(ids, adapters)
-
-    def transformed() -> torch.Tensor:
-        return gathered.gathered_transform(x, delta, active, ids, *known)
-
-    shape = f"{rows} rows, {adapters} adapters, {parts} of {n} x {b}"
-    least = (1 + parts) * x.nbytes + delta.nbytes
-    return [Case("gathered", shape, least, transformed, lambda: without_kernels(transformed))]
 
 
 class Timer:
@@ -249,9 +118,10 @@ def measure(case: Case, timer: Timer, device: str) -> Row:
 def cases(args: argparse.Namespace, device: str) -> Iterator[Case]:
     """One shape's tensors live at a time."""
     blocks, shared, weights, batches, n, b = BLOCKS, SHARED, WEIGHTS, GATHERED, 32, 64
+    four_bit = FOUR_BIT
     if args.cpu:
         blocks, shared, weights = [(2, 16), (2, 20), (1, 148)], [(2, 16, 3), (2, 20, 2)], [(24, 2, 16)]
-        batches, n, b = [(8, 3)], 2, 16
+        batches, four_bit, n, b = [(8, 3)], [(24, 4, 16)], 2, 16
     made = {
         "transform": [partial(transform_cases, args.rows, device, *block) for block in blocks],
         "shared": [partial(shared_cases, args.rows, device, *shape) for shape in shared],
@@ -261,6 +131,7 @@ def cases(args: argparse.Namespace, device: str) -> Iterator[Case]:
             for count in (1, 3)
         ],
         "merge": [partial(merge_cases, device, *weight) for weight in weights],
+        "four_bit": [partial(four_bit_cases, device, *weight) for weight in four_bit],
         "gathered": [partial(gathered_cases, device, n, b, *batch) for batch in batches],
     }
     for group in args.groups:
@@ -270,7 +141,8 @@ def cases(args: argparse.Namespace, device: str) -> Iterator[Case]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="GROUP", help=f"{GROUPS}")
+    usual = [group for group in GROUPS if group != "four_bit" or find_spec("bitsandbytes")]
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=usual, metavar="GROUP", help=f"{GROUPS}")
     parser.add_argument("--rows", type=int, default=16_384, help="tokens")
     parser.add_argument("--launches", type=int, default=25, help="timed ones of each")
     parser.add_argument("--cpu", action="store_true", help="small shapes in Triton's interpreter")

@@ -13,6 +13,7 @@ from fura_rl.adapter import FuraConfig
 
 METHODS = {
     "qfura": FuraConfig(),
+    "qfura_aligned": FuraConfig(block_size="aligned"),
     "qlora_r32": peft.LoraConfig(r=32, lora_alpha=64),
     "qlora_r64": peft.LoraConfig(r=64, lora_alpha=128),
     "qdora_r32": peft.LoraConfig(r=32, lora_alpha=64, use_dora=True),

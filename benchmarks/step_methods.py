@@ -71,6 +71,7 @@ METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "oft": with_adapter(peft.OFTConfig()),
     "published": published,
     "fura": with_adapter(FuraConfig()),
+    "fura_aligned": with_adapter(FuraConfig(block_size="aligned")),
     "fura_torch": with_adapter(FuraConfig()),
 }
 OWN_WEIGHTS = {"full", "published"}  # these do without the shared frozen weights

@@ -11,7 +11,7 @@ tokens in sequences of `--sequence`. All seven projections of a layer are adapte
 - `full`: all weights trained in bf16, optimiser state too. The other trained tensors are float32, as PEFT makes them.
 - `published`: `W = L S R` by blocks with `L` stored in place of `W`, `S` folded into `L` in each forward, `R` and `S`
   trained in bf16: the paper's code, written out here.
-- `fura`: this project with its kernels; `fura_torch`: the same without them.
+- `fura`: this project with its kernels; `fura_aligned`: with blocks of powers of two; `fura_torch`: without kernels.
 
 With `--fsdp` or `--zero` every method has weights of its own: take fewer layers. Under ZeRO there is no autocast, as in
 accelerate: what is trained is bf16 with float32 copies (FuRA stays in float32). DeepSpeed needs something to train: the
@@ -245,7 +245,7 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.tiny:
         args.layers, args.tokens, args.sequence, args.steps, args.rounds = 1, 32, 16, 2, 2
-        args.rows = [name for name in args.rows if name != "fura"]  # its kernels need a GPU
+        args.rows = [name for name in args.rows if name not in ("fura", "fura_aligned")]  # kernels need a GPU
     return args
 
 

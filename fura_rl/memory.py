@@ -22,6 +22,7 @@ from fura_rl.trainer.methods import adapter_config
 PLANNED_METHODS = ("fura", "svd", "lora", "oft", "full")
 PLANNED_MODELS = ("llama", "mistral", "qwen2", "qwen3", "smollm3")  # whose layers save what `layer_bytes` counts
 BF16_COPIES = "bf16 copies (autocast)"
+ZERO3_LIVE = 1_000_000_000  # DeepSpeed's default stage3_max_live_parameters
 HEAD_ROWS, HEAD_COLUMNS = 4096, 32768  # the tile of logits that TRL 1.16's head computes at a time
 
 
@@ -33,11 +34,13 @@ class Strategy:
         zero: DeepSpeed's ZeRO stage; 0 without DeepSpeed.
         fsdp: Whether FSDP2 splits the parameters.
         offload: Whether what ZeRO splits waits in main memory: the optimiser's part, at stage 3 the parameters too.
+        bucket: DeepSpeed's `reduce_bucket_size`, in numbers.
     """
 
     zero: int = 0
     fsdp: bool = False
     offload: bool = False
+    bucket: int = 500_000_000
 
     @property
     def splits_weights(self) -> bool:
@@ -141,29 +144,37 @@ def base_bytes(sizes: ModelSizes, dtype_bytes: int = 2, quantised_bits: int | No
     return rest * dtype_bytes + halves + sum(g + 4 * -(-g // 256) for g in groups) + tables
 
 
-def saved_inputs(sizes: ModelSizes, method: str | None, rank: int = 32, quantised: bool = False) -> int:
+def saved_inputs(sizes: ModelSizes, method: str | None, rank: int = 32, quantised: bool = False, zero: int = 0) -> int:
     """Bytes of a token's inputs that a layer of a method saves, beyond what the frozen model saves (None: nothing).
 
     FuRA saves the input of `q/k/v` and of `gate/up`, full fine-tuning that of `down_proj` too, whose two factors serve
     FuRA's kernels (blocks of at most 256, so not "svd"); that of `o_proj` is saved by attention. PEFT's LoRA casts the
     input in each of the seven projections and saves each copy, and r numbers more; its OFT turns each. On a quantised
-    base PEFT's LoRA does not cast.
+    base, and under DeepSpeed, PEFT's LoRA does not cast. With ZeRO-3 DeepSpeed's linear layer saves what it is given,
+    of frozen weights too: FuRA's seven transformed inputs.
     """
+    inputs = 2 * (2 * sizes.hidden + sizes.intermediate)  # of q/k/v, gate/up and down_proj
+    each = 2 * (5 * sizes.hidden + sizes.query + sizes.intermediate)  # of all seven
     if method is None:
-        return 0
-    if method == "lora" and quantised:
-        return 2 * (2 * sizes.hidden + sizes.intermediate + 7 * rank)
+        return inputs if zero == 3 else 0
+    if method == "lora" and (quantised or zero):
+        return inputs + 2 * 7 * rank
     if method in ("lora", "oft"):
-        return 2 * (5 * sizes.hidden + sizes.query + sizes.intermediate + (7 * rank if method == "lora" else 0))
-    return 2 * (2 * sizes.hidden + (0 if method == "fura" else sizes.intermediate))
+        return each + (2 * 7 * rank if method == "lora" else 0)
+    if method == "full":
+        return inputs
+    own = 2 * 2 * sizes.hidden if method == "fura" else inputs
+    return own + (each if zero == 3 else 0)
 
 
-def layer_bytes(sizes: ModelSizes, method: str | None = "fura", rank: int = 32, quantised: bool = False) -> int:
+def layer_bytes(
+    sizes: ModelSizes, method: str | None = "fura", rank: int = 32, quantised: bool = False, zero: int = 0
+) -> int:
     """Bytes that a layer saves for each token: norms in float32, attention, the MLP, and the method's inputs."""
     norms = 4 * (2 * sizes.hidden + (sizes.query + sizes.key_value if sizes.head_norms else 0))
     attention = 2 * (2 * sizes.query + 2 * sizes.key_value)
     mlp = 2 * 3 * sizes.intermediate
-    return norms + attention + mlp + saved_inputs(sizes, method, rank, quantised)
+    return norms + attention + mlp + saved_inputs(sizes, method, rank, quantised, zero)
 
 
 def activation_bytes(
@@ -174,9 +185,10 @@ def activation_bytes(
     method: str | None = "fura",
     rank: int = 32,
     quantised: bool = False,
+    zero: int = 0,
 ) -> int:
     """Bytes of activations of one forward and backward pass over `tokens` tokens, without the head."""
-    layer = layer_bytes(sizes, method, rank, quantised)
+    layer = layer_bytes(sizes, method, rank, quantised, zero)
     gradients = 2 * 2 * sizes.intermediate  # of gate and up, alive at the same time
     if checkpointing:  # each layer's input, and one layer in full
         return tokens * (2 * sizes.hidden * sizes.layers + layer + gradients)
@@ -222,12 +234,23 @@ def full_parts(sizes: ModelSizes, dtype_bytes: int, strategy: Strategy, gpus: in
 
 
 def gathered_bytes(sizes: ModelSizes, weight_bytes: float, strategy: Strategy) -> float:
-    """Bytes of split weights that are whole on a GPU at the same time: two layers (one is fetched ahead), the
-    embedding and the head."""
+    """Bytes of split weights that are whole on a GPU at the same time. FSDP2: two layers (one is fetched ahead), the
+    embedding and the head. ZeRO-3 lets go of none before it holds a billion."""
     if not strategy.splits_weights:
         return 0.0
+    if strategy.zero == 3:
+        return weight_bytes / sizes.weights * min(sizes.weights, ZERO3_LIVE)
     matrices = sum(out * width for out, width in sizes.matrices)
     return weight_bytes / sizes.weights * (2 * matrices / sizes.layers + (sizes.weights - matrices))
+
+
+def bucket_bytes(strategy: Strategy, method: str = "fura") -> float:
+    """Bytes of the buffers in which DeepSpeed collects gradients before it sums them over ranks: one of the gradients'
+    dtype, and under ZeRO-3 one of bf16 in any case (both seen in measured peaks)."""
+    if not strategy.zero:
+        return 0.0
+    numbers = 4 if method in ("fura", "svd") else 2
+    return float(strategy.bucket * (numbers + (2 if strategy.zero == 3 and numbers == 4 else 0)))
 
 
 def weight_passes(*, micro_batches: int, engine: bool, reference: bool) -> int:

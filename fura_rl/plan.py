@@ -22,6 +22,7 @@ from fura_rl.memory import (
     activation_bytes,
     adapter_parts,
     base_bytes,
+    bucket_bytes,
     full_parts,
     gathered_bytes,
     head_bytes,
@@ -37,6 +38,7 @@ MARGIN = 0.15  # a run is refused beyond it: the plan was within 12% of every me
 LARGEST_BATCH = 4096
 OPTIMISERS = ("adamw_torch", "adamw_torch_fused")
 SIZING_OPTIONS = ("cpu_offload_gb", "quantization")  # of an engine: not planned for
+BUCKETS = "DeepSpeed's buckets"
 
 
 @dataclass(frozen=True)
@@ -138,10 +140,13 @@ class Run:
             held |= adapter_parts(sizes, method, self.strategy, self.gpus)
         if self.strategy.splits_weights:
             held["gathered layers (estimate)"] = gathered_bytes(sizes, self.weight_bytes, self.strategy)
+        if bucket := bucket_bytes(self.strategy, method):
+            held[BUCKETS] = bucket
         held["CUDA context (estimate)"] = CONTEXT_BYTES
         rank, quantised = self.adapter.lora_r, self.quantised_bits is not None
+        zero = self.strategy.zero
         layers = activation_bytes(
-            sizes, tokens, checkpointing=checkpointing, method=method, rank=rank, quantised=quantised
+            sizes, tokens, checkpointing=checkpointing, method=method, rank=rank, quantised=quantised, zero=zero
         )
         scored = head_bytes(sizes, batch * completion, trained=full)
         train = {**held, "activations": float(layers), "head": float(scored)}
@@ -188,6 +193,8 @@ def advice(run: Run, part: str) -> str:
             smaller = f"lower per_device_train_batch_size from {now} to {batch} and raise gradient_accumulation_steps"
             ways.insert(0, smaller)
         return " or ".join(ways) or "lower max_completion_length"
+    if part == BUCKETS:
+        return "lower reduce_bucket_size in DeepSpeed's configuration"
     if part.startswith("engine"):
         sleep = "" if training.vllm_enable_sleep_mode else ", or set vllm_enable_sleep_mode"
         return f"lower {'kv_cache_memory_bytes' if run.engine_cache else 'vllm_gpu_memory_utilization'}{sleep}"
@@ -226,7 +233,10 @@ def strategy_of(training: FuraGRPOConfig) -> Strategy:
     if plugin is not None:
         zero = plugin.deepspeed_config.get("zero_optimization", {})
         offloads = [zero.get(f"offload_{what}") or {} for what in ("optimizer", "param")]
-        return Strategy(plugin.zero_stage, offload=any(o.get("device") not in (None, "none") for o in offloads))
+        offload = any(o.get("device") not in (None, "none") for o in offloads)
+        given = zero.get("reduce_bucket_size")
+        bucket = int(given) if isinstance(given, int | float) else Strategy.bucket
+        return Strategy(plugin.zero_stage, offload=offload, bucket=bucket)
     if os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
         raise FuraError("plan does not know FSDP with parameters in main memory.")
     return Strategy(fsdp=bool(training.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true")

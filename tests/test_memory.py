@@ -17,6 +17,7 @@ from fura_rl.memory import (
     activation_bytes,
     adapter_parts,
     base_bytes,
+    bucket_bytes,
     full_parts,
     gathered_bytes,
     head_bytes,
@@ -46,7 +47,7 @@ FURA_LAYER = {"1.7b": 39_051_264 // 28, "7b": 118_171_648 // 28}
 LORA_LAYER = {"1.7b": 34_865_152 // 28, "7b": 32 * (4 * 3584 + 2 * 512 + 2 * 3584 + 3 * (3584 + 18944))}
 
 
-def measured(size, layers, method, *, tokens=16_384, checkpointing=False, bits=None):
+def measured(size, layers, method, *, tokens=16_384, checkpointing=False, bits=None, zero=0):
     """The arithmetic's GiB for a run of benchmarks/train_step.py or benchmarks/quantized.py."""
     whole = {"1.7b": QWEN3_1_7B, "7b": QWEN2_5_7B}[size]
     trained = layers * {"fura": FURA_LAYER, "lora": LORA_LAYER, "oft": {"1.7b": 7_999_488 // 28}}.get(method, {}).get(
@@ -56,10 +57,14 @@ def measured(size, layers, method, *, tokens=16_384, checkpointing=False, bits=N
         whole, weights=whole.weights * layers // 28, layers=layers, trained=trained,
         basis=trained if method == "fura" else 0, matrices=whole.matrices[: 7 * layers],
     )  # fmt: skip
-    total = activation_bytes(sizes, tokens, checkpointing=checkpointing, method=method, quantised=bits is not None)
+    total = activation_bytes(
+        sizes, tokens, checkpointing=checkpointing, method=method, quantised=bits is not None, zero=zero
+    )
     if method == "full":
         return (total + sum(full_parts(sizes, 2, ONE).values())) / GIB
-    return (total + base_bytes(sizes, 2, bits) + sum(adapter_parts(sizes, method or "fura", ONE).values())) / GIB
+    strategy = Strategy(zero)
+    total += bucket_bytes(strategy, method) if method else 0
+    return (total + base_bytes(sizes, 2, bits) + sum(adapter_parts(sizes, method or "fura", strategy).values())) / GIB
 
 
 @pytest.mark.parametrize(
@@ -82,6 +87,11 @@ def measured(size, layers, method, *, tokens=16_384, checkpointing=False, bits=N
         ("1.7b", 16, "lora", {"bits": 4}, 25.49),
         ("7b", 6, "fura", {"bits": 4}, 19.87),
         ("7b", 6, "lora", {"bits": 4}, 22.98),
+        ("1.7b", 8, "fura", {"zero": 2}, 13.96),
+        ("1.7b", 8, "lora", {"zero": 2}, 14.26),
+        ("1.7b", 8, None, {"zero": 3}, 13.62),
+        ("1.7b", 8, "fura", {"zero": 3}, 19.17),
+        ("1.7b", 8, "lora", {"zero": 3}, 14.59),
     ],
 )
 def test_peaks_are_within_ten_percent_of_the_measured_ones(size, layers, method, options, gib):
@@ -184,7 +194,9 @@ def test_what_each_strategy_splits():
     assert bytes_a_parameter("fsdp2") == (4 + 4 / 4, 12 / 4)
     assert bytes_a_parameter("zero1", "lora") == (2 + 4, 2 + 12 / 4)
     assert gathered_bytes(sizes, 2.0 * sizes.weights, Strategy()) == 0
-    assert gathered_bytes(sizes, 2.0 * sizes.weights, Strategy(3)) == 2 * 2 * sizes.weights / 28
+    assert gathered_bytes(sizes, 2.0 * sizes.weights, Strategy(fsdp=True)) == 2 * 2 * sizes.weights / 28
+    assert gathered_bytes(sizes, 2.0 * sizes.weights, Strategy(3)) == 2e9
+    assert bucket_bytes(STRATEGIES["zero2"]) == 2e9 and bucket_bytes(STRATEGIES["ddp"]) == 0
 
 
 def test_full_finetuning_needs_sixteen_bytes_a_weight_and_its_bf16_copy():

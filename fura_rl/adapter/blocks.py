@@ -86,6 +86,14 @@ class FuraBlocks(nn.Module):
         """Adapters that agree in this can share a basis."""
         return self.side, self.basis_kind, self.block_size
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether kernels may read the tensors without this module's forward: trained, with a basis and not folded, and
+        lying here, neither sharded (FSDP) nor fetched by hooks (ZeRO-3, accelerate's offloading)."""
+        core = self.core
+        here = type(core) is nn.Parameter and not hasattr(core, "ds_id") and "_hf_hook" not in self.__dict__
+        return here and core.requires_grad and self.basis is not None and self.fold is None
+
     def forward(self, x: torch.Tensor | None = None) -> torch.Tensor:
         """`x` (*, n * b) multiplied by `I + D`; without `x`, `D` (n, b, b) in float32 (float64 for a float64 base)."""
         merged, transposed = self.singular_values == "merged", self.side == "output"

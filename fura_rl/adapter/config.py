@@ -14,7 +14,7 @@ from .registration import fura_peft_type
 Side = Literal["input", "output"]
 SingularValues = Literal["trainable", "frozen", "merged"]
 Basis = Literal["svd", "identity", "random"]
-BlockRule = Literal["closest", "head", "full"]
+BlockRule = Literal["closest", "aligned", "head", "full"]
 SavedForm = Literal["full", "delta", "compact"]
 
 
@@ -31,7 +31,8 @@ class FuraConfig(PeftConfig):
             projections of Llama-like decoders, elsewhere PEFT's defaults for LoRA.
         exclude_modules (`list[str] | str | None`): names or a regular expression of modules to leave alone.
         side: "input" multiplies the layer's input (`W M`, column blocks), "output" its output (`M W`, row blocks).
-        block_size: "closest" (the larger of the two most nearly equal factors of the side's width), "head" (as
+        block_size: "closest" (the larger of the two most nearly equal factors of the side's width), "aligned" (the
+            power of two nearest to the width's square root, which kernels read faster than 76 or 148), "head" (as
             "closest", but the head dimension where the side's features are attention heads: `o_proj` on the input
             side, `q_proj`, `k_proj`, `v_proj` on the output side), "full" (one block), an int that divides the width,
             or a dict from module name (suffix or regular expression, as in PEFT's `rank_pattern`) to one of these.
@@ -61,7 +62,7 @@ class FuraConfig(PeftConfig):
     side: Side = field(default="input", metadata={"help": "Which side of the weight is multiplied: input or output."})
     block_size: int | str | dict[str, int | str] = field(
         default="closest",
-        metadata={"help": "'closest', 'head', 'full', an int, or a dict from module name to one of these."},
+        metadata={"help": "'closest', 'aligned', 'head', 'full', an int, or a dict from module name to one."},
     )
     singular_values: SingularValues = field(
         default="trainable", metadata={"help": "'trainable', 'frozen', or 'merged' (folded into the trained core)."}
@@ -115,7 +116,7 @@ class FuraConfig(PeftConfig):
 
 
 def check_block_rule(rule: int | str) -> None:
-    """Raises AdapterError unless `rule` is "closest", "head", "full" or a positive int."""
+    """Raises AdapterError unless `rule` is one of `BlockRule` or a positive int."""
     if isinstance(rule, bool) or not (rule in get_args(BlockRule) or (isinstance(rule, int) and rule > 0)):
         raise AdapterError(
             f"FuraConfig: block_size {rule!r} is neither a positive int nor one of {get_args(BlockRule)}."

@@ -21,8 +21,9 @@ from .base_weight import BaseSnapshot, adapter_device, is_transposed, reading_we
 from .basis import fit_block_size, resolve_block_size
 from .blocks import FuraBlocks
 from .config import FuraConfig
+from .deferred import Deferred, can_defer, defer, multiplied_linear
 from .fingerprint import sample_entries
-from .shared_input import SharedInput
+from .shared_input import SharedInput, only_blocks
 from .split_bases import set_basis
 
 logger = logging.getLogger(__name__)
@@ -286,9 +287,12 @@ class FuraLayer(nn.Module, BaseTunerLayer):
         if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))  # the base layer would do it; so M acts on what W sees
         if rows_of is None:
-            shared = None if self.shared_input is None else self.shared_input.multiply(self, x, source)
-            x = self._multiply_input(x, None) if shared is None else shared
-            return self._multiply_output(self.base_layer(x, *args, **kwargs), None)
+            deferred = self._multiply_or_defer(x, source)
+            if deferred.delta is None:
+                y = self.base_layer(deferred.x, *args, **kwargs)
+            else:
+                y = multiplied_linear(self.base_layer, deferred, *args, **kwargs)
+            return self._multiply_output(y, None)
         for name, rows in rows_of.items():
             x = x.index_copy(0, rows, self._multiply_input(x[rows], [name]))
         y = self.base_layer(x, *args, **kwargs)
@@ -309,6 +313,16 @@ class FuraLayer(nn.Module, BaseTunerLayer):
             name: torch.tensor([i for i, wanted in enumerate(adapter_names) if wanted == name], device=x.device)
             for name in sorted(set(adapter_names) & set(self.fura_blocks))
         }
+
+    def _multiply_or_defer(self, x: torch.Tensor, source: torch.Tensor) -> Deferred:
+        """`M x`, or `x` and the `M` that the base layer multiplies its weight by."""
+        if self.shared_input is not None and (shared := self.shared_input.multiply(self, x, source)) is not None:
+            return shared
+        if self.quantization_backend is not None:
+            blocks = only_blocks(self)
+            if blocks is not None and can_defer(self.base_layer, x, blocks):
+                return defer(x, [blocks])[0]
+        return Deferred(self._multiply_input(x, None))
 
     def _multiply_input(self, x: torch.Tensor, names: list[str] | None) -> torch.Tensor:
         for blocks in reversed(self.named_blocks(names)):  # W M_a M_b x: what is merged last acts first

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from . import transform
+from .deferred import Deferred, can_defer, defer
 
 if TYPE_CHECKING:
     from .blocks import FuraBlocks
@@ -34,7 +35,7 @@ class _Stash(NamedTuple):
 
     source: torch.Tensor
     state: tuple
-    outputs: dict[int, tuple[torch.Tensor, tuple]]  # by the layer's id, with what else each depends on
+    outputs: dict[int, tuple[Deferred, tuple]]  # by the layer's id, with what else each depends on
 
 
 class SharedInput:
@@ -50,8 +51,8 @@ class SharedInput:
         """Those that still exist; none once the group is given up."""
         return [layer for ref in self._layers if (layer := ref()) is not None]
 
-    def multiply(self, layer: FuraLayer, x: torch.Tensor, source: torch.Tensor) -> torch.Tensor | None:
-        """`M x` of the layer's one active adapter; None if this call is not one to be shared.
+    def multiply(self, layer: FuraLayer, x: torch.Tensor, source: torch.Tensor) -> Deferred | None:
+        """`M x` of the layer's one active adapter, or `x` and `M`; None if this call is not one to be shared.
 
         Args:
             layer: one of the group's.
@@ -60,7 +61,8 @@ class SharedInput:
         """
         if torch.compiler.is_compiling():
             traced = getattr(source, TRACED, None)
-            return None if traced is None else traced.multiply(layer, x, source)
+            y = None if traced is None else traced.multiply(layer, x, source)
+            return None if y is None else Deferred(y)
         if not transform.have_kernels(x):
             return None
         if torch.is_inference_mode_enabled() or source.is_inference():  # no version to see changes by
@@ -74,8 +76,8 @@ class SharedInput:
         same_source = stash is not None and stash.source is source
         if stash is not None and same_source and stash.state == state and id(layer) in stash.outputs:
             y, trained = stash.outputs.pop(id(layer))
-            blocks = _only_blocks(layer)
-            if blocks is not None and trained == _trained(blocks) and not getattr(y.grad_fn, "spent", False):
+            blocks = only_blocks(layer)
+            if blocks is not None and trained == _trained(blocks) and not getattr(y.x.grad_fn, "spent", False):
                 if stash.outputs:
                     self._stash = stash
                 else:
@@ -84,7 +86,7 @@ class SharedInput:
         layers = self.layers
         if layer not in layers:  # given up, or a replica of `DataParallel`, whose siblings are replicas too
             return None
-        all_blocks = [blocks for one in layers if (blocks := _only_blocks(one)) is not None]
+        all_blocks = [blocks for one in layers if (blocks := only_blocks(one)) is not None]
         if len(all_blocks) < len(self._layers) or not _can_share(all_blocks, x):
             return None
         if stash is not None and not same_source and hooks is None:
@@ -92,7 +94,10 @@ class SharedInput:
             if self._misses >= MISSES:
                 self._layers = []
                 return None
-        multiplied = transform.shared_multiply(x, all_blocks)
+        if all(can_defer(one.base_layer, x, blocks) for one, blocks in zip(layers, all_blocks, strict=True)):
+            multiplied = defer(x, all_blocks)
+        else:
+            multiplied = [Deferred(y) for y in transform.shared_multiply(x, all_blocks)]
         outputs = {
             id(one): (y, _trained(blocks)) for one, blocks, y in zip(layers, all_blocks, multiplied, strict=True)
         }
@@ -116,19 +121,19 @@ class _Traced:
         self.outputs: tuple[torch.Tensor, ...] = ()  # none before the first layer is called
 
     def multiply(self, layer: FuraLayer, x: torch.Tensor, source: torch.Tensor) -> torch.Tensor | None:
-        """As that of `SharedInput`."""
+        """`M x`, as that of `SharedInput`."""
         # Saved for a gradient, the input cannot change between two layers without an error. What is not saved could,
         # and go unseen: any input without gradients, and one that autocast has made a copy of.
         if not torch.is_grad_enabled() or x.dtype != source.dtype:
             return None
         if not self.outputs:
-            found = [_only_blocks(one) for one in self.layers]
+            found = [only_blocks(one) for one in self.layers]
             all_blocks = [blocks for blocks in found if blocks is not None]
             if len(all_blocks) < len(found) or not _can_share(all_blocks, x):
                 return None
             self.all_blocks, self.outputs = all_blocks, transform.shared_multiply(x, all_blocks)
         for one, blocks, y in zip(self.layers, self.all_blocks, self.outputs, strict=True):
-            if one is layer and blocks is _only_blocks(layer) and y.dtype == x.dtype:
+            if one is layer and blocks is only_blocks(layer) and y.dtype == x.dtype:
                 return y
         return None
 
@@ -168,7 +173,7 @@ def _stream(x: torch.Tensor) -> torch.cuda.Stream | None:
     return torch.cuda.current_stream(x.device) if x.is_cuda else None
 
 
-def _only_blocks(layer: FuraLayer) -> FuraBlocks | None:
+def only_blocks(layer: FuraLayer) -> FuraBlocks | None:
     """The blocks of the layer's active adapter if one and only one acts on it, on the input side."""
     if layer.disable_adapters or layer.merged:
         return None
@@ -186,20 +191,12 @@ def _can_share(all_blocks: list[FuraBlocks], x: torch.Tensor) -> bool:
     first = all_blocks[0]
     shape = first.core.shape
     return transform.can_share(x, shape[1]) and all(
-        _is_plain(blocks.core)
+        blocks.is_plain
         and blocks.core.shape == shape
         and blocks.singular_values == first.singular_values
         and (blocks.sigma is None) == (first.sigma is None)
-        and blocks.basis is not None
-        and blocks.fold is None
-        and "_hf_hook" not in blocks.__dict__  # accelerate offloads: only its own forward may read it
         for blocks in all_blocks
     )
-
-
-def _is_plain(core: torch.Tensor) -> bool:
-    """Whether `core` is trained and lies here: not sharded (FSDP), nor fetched by its module's hooks (ZeRO-3)."""
-    return type(core) is nn.Parameter and core.requires_grad and not hasattr(core, "ds_id")
 
 
 def link_shared_inputs(model: nn.Module, layer_class: type[FuraLayer]) -> None:

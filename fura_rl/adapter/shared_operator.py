@@ -28,7 +28,7 @@ class SharedMultiply(torch.autograd.Function):
             merged: the cores carry the singular values.
             flat: basis, sigma, core and scale of each adapter, one adapter after the other.
         """
-        delta_cnbb = run_deltas(_adapters(flat), merged, False, x.dtype)
+        delta_cnbb = run_deltas(adapters_of(flat), merged, False, x.dtype)
         ctx.merged = merged
         ctx.save_for_backward(x, delta_cnbb, *flat)
         return tuple(run_shared_transform(x, delta_cnbb))
@@ -39,14 +39,20 @@ class SharedMultiply(torch.autograd.Function):
         x, delta_cnbb, *flat = ctx.saved_tensors
         ctx.spent = True  # an output that was not fetched before has no gradient any more
         dx, shares = run_shared_gradient_shares(list(gradients), x, delta_cnbb, ctx.needs_input_grad[0])
-        d_cores, d_scales = run_delta_gradients(shares, _adapters(flat), ctx.merged, False)
-        has_scale = flat[3] is not None
-        d_flat = [(None, None, d_core, d_scales[k] if has_scale else None) for k, d_core in enumerate(d_cores)]
-        return dx, None, *chain.from_iterable(d_flat)
+        return dx, None, *gradients_of(shares, flat, ctx.merged)
 
 
-def _adapters(flat: Sequence[torch.Tensor | None]) -> list[Tensors]:
+def adapters_of(flat: Sequence[torch.Tensor | None]) -> list[Tensors]:
+    """Basis, sigma, core and scale of each adapter, from all of them in a row."""
     return [flat[start : start + 4] for start in range(0, len(flat), 4)]  # type: ignore[misc]
+
+
+def gradients_of(shares: torch.Tensor, flat: Sequence[torch.Tensor | None], merged: bool) -> list[torch.Tensor | None]:
+    """Of all in `flat`, from shares of every `dD` (shares, c, n, b, b); None for what is frozen or missing."""
+    d_cores, d_scales = run_delta_gradients(shares, adapters_of(flat), merged, False)
+    has_scale = flat[3] is not None
+    d_flat = [(None, None, d_core, d_scales[k] if has_scale else None) for k, d_core in enumerate(d_cores)]
+    return list(chain.from_iterable(d_flat))
 
 
 # One tensor an adapter in each list; `sigma` and `scale` are empty where adapters have none.

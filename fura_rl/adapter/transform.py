@@ -128,11 +128,16 @@ def can_share(x: torch.Tensor, block_size: int) -> bool:
 
 def shared_multiply(x: torch.Tensor, adapters: Sequence[Any]) -> tuple[torch.Tensor, ...]:
     """`block_multiply` of one `x` by two or three adapters (`FuraBlocks` of one geometry), in one pass over `x`."""
-    merged = adapters[0].singular_values == "merged"
-    flat = [t for a in adapters for t in (a.basis, a.sigma, a.core, None if merged else a.scale)]
+    merged, flat = flattened(adapters)
     if torch.compiler.is_compiling():
         return shared_operator.shared_multiply(x, merged, *flat)
     return shared_operator.SharedMultiply.apply(x, merged, *flat)
+
+
+def flattened(adapters: Sequence[Any]) -> tuple[bool, list[torch.Tensor | None]]:
+    """Whether the cores carry the singular values; basis, sigma, core and scale of each adapter, one after another."""
+    merged = adapters[0].singular_values == "merged"
+    return merged, [t for a in adapters for t in (a.basis, a.sigma, a.core, None if merged else a.scale)]
 
 
 def product_factors(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -48,7 +48,7 @@ class MultiSettings:
 def common_block_sizes(adapters: Iterable[Adapter]) -> dict[int, int]:
     """Features of a layer's input -> the size of blocks into which those of all adapters fit.
 
-    Those of a later adapter that keeps to the default block size fit as well.
+    Those of a later adapter that keeps to the default block size fit as well, unless that makes blocks too large.
 
     Raises:
         FuraError: they only fit into blocks that are too large to be of use.
@@ -57,7 +57,8 @@ def common_block_sizes(adapters: Iterable[Adapter]) -> dict[int, int]:
     for adapter in adapters:
         for tensors in adapter.modules.values():
             n, b, _ = tensors["core"].shape
-            sizes[n * b] = math.lcm(sizes.get(n * b, closest_block_size(n * b)), b)
+            with_default = math.lcm(closest_block_size(n * b), b)
+            sizes[n * b] = math.lcm(sizes.get(n * b, with_default if with_default <= LARGEST_BLOCK else b), b)
     for width, size in sizes.items():
         if size > LARGEST_BLOCK:
             raise FuraError(

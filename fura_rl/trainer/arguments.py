@@ -37,7 +37,7 @@ class AdapterArguments:
     )
     exclude_modules: list[str] | None = field(default=None, metadata={"help": "Module names to leave alone."})
     block_size: str = field(
-        default="closest", metadata={"help": "Block width: closest, head, full, or a number that divides `in`."}
+        default="closest", metadata={"help": "Block width: closest, aligned, head, full, or a divisor of `in`."}
     )
     side: str = field(default="input", metadata={"help": "Which side is adapted: input or output."})
     singular_values: str = field(default="trainable", metadata={"help": "trainable, frozen or merged."})

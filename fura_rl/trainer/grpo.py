@@ -194,6 +194,8 @@ class FuraGRPOTrainer(ResumableGRPOTrainer):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with self.clock.phase("train"):
             loss = super().training_step(*args, **kwargs)
+            if self.accelerator.sync_gradients and loss.is_cuda:
+                torch.cuda.synchronize()  # what is still queued belongs to this phase; the gradient's norm waits anyway
         self.last_loss = loss
         return loss
 

@@ -225,6 +225,10 @@ class ResumableGRPOTrainer(GRPOTrainer):
             state = self.accelerator.get_state_dict(self.model)
             if self.args.should_save:
                 self._save(output_dir, state)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            # A rank that only takes part in gathering has queued its part and goes on; if its process ended now, the
+            # main process would wait for it for ever.
+            self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Adapter and tokenizer, without transformers' pickled `training_args.bin`."""

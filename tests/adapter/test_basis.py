@@ -5,7 +5,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fura_rl.adapter import AdapterError
-from fura_rl.adapter.basis import block_basis, closest_block_size, fit_block_size, random_basis, resolve_block_size
+from fura_rl.adapter.basis import (
+    aligned_block_size,
+    block_basis,
+    closest_block_size,
+    fit_block_size,
+    random_basis,
+    resolve_block_size,
+)
 
 
 @pytest.mark.parametrize(
@@ -15,6 +22,17 @@ from fura_rl.adapter.basis import block_basis, closest_block_size, fit_block_siz
 def test_closest_block_size(width, block_size):
     assert closest_block_size(width) == block_size
     assert resolve_block_size("closest", width) == block_size
+
+
+@pytest.mark.parametrize(
+    ("width", "block_size"),
+    [(896, 32), (2048, 64), (4864, 64), (6144, 64), (3584, 64), (18944, 128), (8960, 128), (1536, 32), (576, 32),
+     (14336, 128), (10_000, 100), (256, 16), (64, 16), (48, 8), (13, 13), (8, 4)],
+)  # fmt: skip
+def test_aligned_block_size(width, block_size):
+    """The nearest power of two by ratio, the larger one where two are level."""
+    assert aligned_block_size(width) == resolve_block_size("aligned", width) == block_size
+    assert width % block_size == 0
 
 
 def test_block_rules():

@@ -2,13 +2,13 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, init_empty_weights
+from forked import free_port
 from peft import PeftModel, get_peft_model
 from tiny_nets import adapted_llama, fura_layers, perturb, tiny_llama, tokens
 from transformers import LlamaForCausalLM
@@ -122,12 +122,6 @@ for _ in range(3):
 core = next(iter(fura_layers(model).values())).fura_blocks["default"].core
 print(json.dumps({"losses": losses, "errors": errors, "partitioned": core.numel() == 0, "dtype": str(core.dtype)}))
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.slow  # DeepSpeed compiles an extension the first time

@@ -18,8 +18,8 @@ from fura_rl.adapter import FuraConfig
 from fura_rl.prompts import load_prompt
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
-STEPS, BATCH = 100, 8
-LEARNING_RATES = [1e-3, 3e-3, 1e-2]
+STEPS, BATCH = 60, 8
+LEARNING_RATES = [3e-3, 1e-2]
 
 
 @pytest.fixture(scope="module")

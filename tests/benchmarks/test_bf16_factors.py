@@ -1,11 +1,9 @@
 """The benchmark of bf16 factors: the three forms start as one model, and the published one's core hardly moves."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "precision.py"
@@ -15,10 +13,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "precision.py"
 def test_cores_that_move(tiny_model, tiny_problems):
     files = ["--train", str(tiny_problems / "train.jsonl"), "--test", str(tiny_problems / "test.jsonl")]
     options = ["--rates", "9e-5", "--steps", "4", "--held-out", "8"]
-    process = subprocess.run(
-        [sys.executable, SCRIPT, "--model", str(tiny_model), *files, *options], capture_output=True, text=True,
-        timeout=500, env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    process = forked.run(SCRIPT, "--model", tiny_model, *files, *options)
     assert process.returncode == 0, process.stderr[-3000:]
     published, control, fura = json.loads(process.stdout.strip().splitlines()[-1])["rows"]
     assert published["moved"] < 0.2 < 0.99 < control["moved"]

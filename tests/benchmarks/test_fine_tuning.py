@@ -1,11 +1,9 @@
 """The comparison of methods in fine-tuning: what it prints, and that finished runs are not made again."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "fine_tuning.py"
@@ -19,17 +17,14 @@ def test_methods_rates_and_seeds(tiny_model, tiny_problems, tmp_path):
     row = {"problem": "One\u2028two?", "solution": "3 words"}
     other.write_text(f"{json.dumps(row, ensure_ascii=False)}\n" * 8, encoding="utf-8")
     command = [
-        sys.executable, SCRIPT, "--model", str(tiny_model), "--train", str(tiny_problems / "train.jsonl"), "--test",
+        SCRIPT, "--model", str(tiny_model), "--train", str(tiny_problems / "train.jsonl"), "--test",
         str(tiny_problems / "test.jsonl"), "--unrelated", str(text), str(other), "--out", str(tmp_path / "rows.jsonl"),
         "--steps", "8", "--warmup", "2", "--held-out", "16", "--methods", "fura", "lora:lora_r=4", "full", "--rates",
         "2e-3", "full=1e-4", "full=1e-3",
     ]  # fmt: skip
 
     def run(*seeds):
-        process = subprocess.run(
-            [*command, "--seeds", *seeds], capture_output=True, text=True, timeout=500,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
+        process = forked.run(*command, "--seeds", *seeds)
         assert process.returncode == 0, process.stderr[-3000:]
         return {row["method"]: row for row in json.loads(process.stdout.strip().splitlines()[-1])["rows"]}
 
@@ -52,11 +47,9 @@ def test_methods_rates_and_seeds(tiny_model, tiny_problems, tmp_path):
 def test_a_limit_that_leaves_no_example_is_said(tiny_model, tiny_problems, tmp_path):
     problems = str(tiny_problems / "train.jsonl")
     command = [
-        sys.executable, SCRIPT, "--model", str(tiny_model), "--train", problems, "--test", problems, "--unrelated",
+        SCRIPT, "--model", str(tiny_model), "--train", problems, "--test", problems, "--unrelated",
         problems, "--out", str(tmp_path / "rows.jsonl"), "--limit", "2",
     ]  # fmt: skip
-    process = subprocess.run(
-        command, capture_output=True, text=True, timeout=500, env={**os.environ, "HF_HUB_OFFLINE": "1"}
-    )
+    process = forked.run(*command)
     assert process.returncode == 1 and not (tmp_path / "rows.jsonl").exists()
     assert process.stderr.splitlines()[-1] == "error: No example of --train has 2 tokens or fewer: raise --limit."

@@ -1,15 +1,15 @@
 """How many bytes a push carries for real models' shapes: at most 2% of the merged weights."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+
+import forked
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "push.py"
 
 
 def test_a_push_carries_two_percent_of_the_merged_weights():
-    process = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, timeout=300)
+    process = forked.run(SCRIPT)
     assert process.returncode == 0, process.stderr[-3000:]
     found = json.loads(process.stdout.strip().splitlines()[-1])
     assert found["qwen3-1.7b"]["merged"] == 3_441_149_952 and found["qwen2.5-0.5b"]["merged"] == 988_065_536

@@ -2,11 +2,10 @@
 
 import importlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
 from torch import nn
@@ -16,17 +15,16 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "quantized.py"
 
 def run(*options: object) -> list[dict]:
     pytest.importorskip("bitsandbytes", reason="the extra 'quantized' is not installed")
-    command = [sys.executable, SCRIPT, *map(str, options), "--tiny"]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])[
-        "results"
-    ]
+    process = forked.run(SCRIPT, *options, "--tiny")
+    assert process.returncode == 0, process.stderr[-3000:]
+    return json.loads(process.stdout.splitlines()[-1])["results"]
 
 
 @pytest.mark.slow
 def test_a_step_of_every_method():
     (result,) = run("step", "--steps", 2)
     rows = {row["method"]: row for row in result["rows"]}
-    assert list(rows) == ["floor", "qfura", "qlora_r32", "qlora_r64", "qdora_r32"]
+    assert list(rows) == ["floor", "qfura", "qfura_aligned", "qlora_r32", "qlora_r64", "qdora_r32"]
     assert all(row["failed"] is None and row["ms"] > 0 for row in rows.values())
     assert rows["qlora_r32"]["ms_to_qlora"] == 1
     assert rows["qlora_r64"]["trainable"] == 2 * rows["qlora_r32"]["trainable"] < 2 * rows["qdora_r32"]["trainable"]

@@ -1,11 +1,10 @@
 """The sync benchmark on small shapes: it runs, and what it says beside the seconds is true."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "sync.py"
@@ -16,9 +15,7 @@ sys.path.insert(0, str(SCRIPT.parent))
 @pytest.mark.vllm
 @pytest.mark.parametrize("server", [False, pytest.param(True, marks=pytest.mark.soak)])
 def test_rows_and_drift(server):
-    command = [sys.executable, SCRIPT, "--shape", "tiny", "--rounds", "2", *([] if server else ["--no-server"])]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    process = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
+    process = forked.run(SCRIPT, "--shape", "tiny", "--rounds", "2", *([] if server else ["--no-server"]))
     assert process.returncode == 0, process.stderr[-3000:]
     report = json.loads(process.stdout.strip().splitlines()[-1])["models"]["tiny"]
     rows = {row["row"]: row for row in report["rows"]}

@@ -1,17 +1,17 @@
 """The benchmark of a training step runs on a CPU and reports every method it can run there."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "train_step.py"
 
 
 def run(*options: str) -> dict:
-    run = subprocess.run([sys.executable, SCRIPT, "--tiny", *options], capture_output=True, text=True, check=True)
+    run = forked.run(SCRIPT, "--tiny", *options)
+    assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout.splitlines()[-1])
 
 
@@ -70,10 +70,10 @@ print("same", len(found["plain"]))
 
 
 @pytest.mark.slow
-def test_a_sharded_step_is_the_same_step():
+def test_a_sharded_step_is_the_same_step(tmp_path):
     """AdamW's first step has the size of the learning rate, so what differs is the sign of gradients near zero."""
     pytest.importorskip("deepspeed", reason="the extra 'deepspeed' is not installed")
-    command = [sys.executable, "-c", SHARDED_STEP, str(SCRIPT.parent)]
-    process = subprocess.run(command, capture_output=True, text=True)
+    (tmp_path / "step.py").write_text(SHARDED_STEP)
+    process = forked.run(tmp_path / "step.py", SCRIPT.parent)
     assert process.returncode == 0, process.stdout + process.stderr[-3000:]
     assert process.stdout.splitlines()[-1] == "same 2160"

@@ -2,10 +2,9 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "quickstart.ipynb"
@@ -25,11 +24,8 @@ def test_its_cells_run(tmp_path):
     """With a single step of GRPO."""
     script = tmp_path / "notebook.py"
     script.write_text("\n".join("".join(cell["source"]) for cell in cells()))
-    environment = {"MPLBACKEND": "agg", "FURA_NOTEBOOK_STEPS": "1", "TMPDIR": str(tmp_path)}
-    process = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, timeout=500, cwd=NOTEBOOK.parent,
-        env={**os.environ, **environment},
-    )  # fmt: skip
+    environment = {**os.environ, "MPLBACKEND": "agg", "FURA_NOTEBOOK_STEPS": "1", "TMPDIR": str(tmp_path)}
+    process = forked.run(script, cwd=NOTEBOOK.parent, environment=environment)
     assert process.returncode == 0, process.stderr[-3000:]
     for words in ("same bits as the base model: True", "after 1 steps", "merged and adapted", "\\boxed{"):
         assert words in process.stdout

@@ -2,7 +2,7 @@
 
 import json
 import os
-import signal
+import re
 import subprocess
 import sys
 import time
@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 import typer
+from forked import Forked
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -20,22 +21,30 @@ from fura_rl.eval.commands import eval_command
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def start(*arguments):
-    return subprocess.Popen(
-        [sys.executable, "-m", "fura_rl.cli", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ENVIRONMENT,
-    )
+@pytest.fixture
+def start():
+    """`start(...)` begins an evaluation in a process of its own, forked after the imports."""
+    started = []
+
+    def start(*arguments):
+        started.append(Forked("-m", "fura_rl.cli", "eval", *arguments, environment=ENVIRONMENT))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
 
 
-def evaluate(*arguments):
-    """In a process of its own: two vLLM engines do not share one."""
-    process = start("eval", *arguments)
-    out, err = process.communicate(timeout=400)
-    assert process.returncode == 0, err[-3000:]
-    return out
+@pytest.fixture
+def evaluate(start):
+    """To its end; what it has printed."""
+
+    def evaluate(*arguments):
+        done = start(*arguments).wait()
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    return evaluate
 
 
 def evaluate_here(*arguments):
@@ -82,10 +91,12 @@ def adapters(tiny_model, tmp_path_factory):
 
 def test_transformers_engine_end_to_end(tiny_model, sums, tmp_path):
     out = tmp_path / "out"
-    printed = evaluate(
-        *("--model", tiny_model, "-b", sums, "--out", out, "--engine", "transformers"),
-        *("--max-tokens", 8, "--temperature", 0.7, "--samples", 2, "--limit", 3, "--prompt", "plain"),
-    )
+    arguments = ("--model", tiny_model, "-b", sums, "--out", out, "--engine", "transformers", "--max-tokens", 8)
+    arguments += ("--temperature", 0.7, "--samples", 2, "--limit", 3, "--prompt", "plain")
+    command = [sys.executable, "-m", "fura_rl.cli", "eval", *map(str, arguments)]
+    printed = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, check=True, env=ENVIRONMENT, timeout=400
+    ).stdout
     assert "| sums | avg@2 | 0.000 | " in printed and "tokens/s" in printed
     data = results(out)
     assert (data["schema"], data["schema_version"]) == ("fura-rl/eval", 1)
@@ -100,23 +111,33 @@ def test_transformers_engine_end_to_end(tiny_model, sums, tmp_path):
     assert len(completions(out)) == 6
 
 
+TWICE = """
+import sys
+from fura_rl import cli
+words = sys.argv
+for more in ([], ["--engine", "vllm"]):
+    sys.argv = [*words, *more]
+    try:
+        cli.main()
+    except SystemExit as end:
+        print(f"exit status {end.code}", file=sys.stderr)
+"""
+
+
 def test_falls_back_to_transformers_where_vllm_cannot_be_imported(tiny_model, sums, tmp_path):
-    """An empty package of that name stands in for a broken installation."""
+    """An empty package of that name stands in for a broken installation; asked for, it is an error."""
     (tmp_path / "path" / "vllm").mkdir(parents=True)
     (tmp_path / "path" / "vllm" / "__init__.py").write_text("raise ImportError('libcuda.so.1: cannot open')")
     environment = {**ENVIRONMENT, "PYTHONPATH": str(tmp_path / "path")}
     arguments = ["eval", "--model", tiny_model, "-b", sums, "--out", tmp_path / "out", "--limit", 1, "--max-tokens", 2]
-
-    def launch(*more):
-        command = [sys.executable, "-m", "fura_rl.cli", *map(str, (*arguments, *more))]
-        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-
-    done = launch()
+    command = [sys.executable, "-c", TWICE, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "vLLM cannot be used (ImportError: libcuda.so.1: cannot open): transformers generates" in done.stderr
+    first, second, _ = re.split(r"exit status (?=\d)", done.stderr)
+    assert "vLLM cannot be used (ImportError: libcuda.so.1: cannot open): transformers generates" in first
     assert results(tmp_path / "out")["engine"]["engine"] == "transformers"
-    done = launch("--engine", "vllm")
-    assert done.returncode == 2 and "vLLM cannot be used on this machine" in done.stderr
+    assert done.stderr.endswith("exit status 2\n") and second.startswith("0\n")
+    assert "vLLM cannot be used on this machine" in second
 
 
 @pytest.mark.parametrize("method", ["fura", "lora"])
@@ -132,7 +153,7 @@ def test_adapter_on_base_equals_the_merged_checkpoint(tiny_model, adapters, sums
 
 @pytest.mark.slow
 @pytest.mark.vllm
-def test_adapter_on_base_equals_the_merged_checkpoint_in_vllm(tiny_model, adapters, sums, tmp_path):
+def test_adapter_on_base_equals_the_merged_checkpoint_in_vllm(tiny_model, adapters, sums, tmp_path, evaluate):
     shared = ("-b", sums, "--engine", "vllm", "--max-tokens", 24, "--limit", 8)
     printed = evaluate(*("--model", tiny_model, "--adapter", adapters / "fura", "--out", tmp_path / "adapter", *shared))
     assert "GiB in " in printed and "while the engine starts" in printed
@@ -142,16 +163,14 @@ def test_adapter_on_base_equals_the_merged_checkpoint_in_vllm(tiny_model, adapte
     assert not (tmp_path / "adapter" / "merged-checkpoint").exists()
 
 
-def killed_half_way(arguments, out):
-    """Starts an evaluation and kills it, without a chance to clean up, once some completions are written."""
-    process = start("eval", *arguments)
+def killed_half_way(process, out):
+    """Kills an evaluation, without a chance to clean up, once some completions are written."""
     samples = out / "samples.jsonl"
     deadline = time.monotonic() + 300
     while not (samples.exists() and samples.read_bytes().count(b"\n") >= 3):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        assert process.process.is_alive() and time.monotonic() < deadline, process.err.read_text()[-3000:]
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
     return samples.read_bytes().count(b"\n")
 
 
@@ -159,13 +178,13 @@ def killed_half_way(arguments, out):
 @pytest.mark.parametrize(
     ("engine", "max_tokens"), [("transformers", 30), pytest.param("vllm", 300, marks=pytest.mark.vllm)]
 )
-def test_killed_and_run_again_gives_the_same_results(tiny_model, sums, tmp_path, engine, max_tokens):
+def test_killed_and_run_again_gives_the_same_results(tiny_model, sums, tmp_path, start, evaluate, engine, max_tokens):
     out = tmp_path / "out"
     arguments = ("--model", tiny_model, "-b", sums, "--out", out, "--engine", engine, "--dtype", "float32")
     arguments += ("--max-tokens", max_tokens, "--temperature", 1, "--samples", 2, "--batch-size", 4)
     evaluate(*arguments)
     whole = out.rename(tmp_path / "whole")
-    finished = killed_half_way(arguments, out)
+    finished = killed_half_way(start(*arguments), out)
     assert 3 <= finished < 48
     assert not (out / "results.json").exists()
     evaluate(*arguments)
@@ -177,7 +196,7 @@ def test_killed_and_run_again_gives_the_same_results(tiny_model, sums, tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.vllm
-def test_real_model_and_merged(smollm, tmp_path, write_jsonl):
+def test_real_model_and_merged(smollm, tmp_path, write_jsonl, evaluate):
     """SmolLM2-135M in float32, sampled: an adapter against its merged checkpoint."""
     rows = [
         {"id": "a", "problem": "What is 2 + 3? Answer with \\boxed{5}.", "answer": "5"},

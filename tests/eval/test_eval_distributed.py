@@ -1,11 +1,10 @@
 """Sampling sharded over processes: the samples are those of one process, and failures end every rank."""
 
-import subprocess
-import sys
 import textwrap
 from ast import literal_eval
 
 import pytest
+from forked import Forked
 
 from fura_rl.eval import Sampling, TransformersSampler, evaluate, load_benchmark
 from fura_rl.prompts import load_prompt
@@ -61,20 +60,17 @@ def launch(tmp_path, tiny_model, sums_file):
         script = tmp_path / "run.py"
         script.write_text(textwrap.dedent(RUN))
         store = tmp_path / f"store-{world}-{group}-{fault}"
-        processes = [
-            subprocess.Popen(
-                [sys.executable, *map(str, (script, rank, world, group, tiny_model, sums_file, fault, store))],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(world)
-        ]
+        processes = [Forked(script, rank, world, group, tiny_model, sums_file, fault, store) for rank in range(world)]
         outputs = []
-        for process in processes:
-            out, err = process.communicate(timeout=180)
-            assert process.returncode == 0, err[-2000:]
-            outputs.append(dict(line.split(" ", 1) for line in out.splitlines() if line.split(" ")[0].isupper()))
+        try:
+            for process in processes:
+                done = process.wait(180)
+                assert done.returncode == 0, done.stderr[-2000:]
+                lines = [line.split(" ", 1) for line in done.stdout.splitlines()]
+                outputs.append(dict(line for line in lines if line[0].isupper()))
+        finally:
+            for process in processes:
+                process.kill()
         return outputs
 
     return start

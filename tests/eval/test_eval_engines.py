@@ -238,7 +238,10 @@ if __name__ == "__main__":
     options = EngineOptions(engine="vllm", context=64)
     with open_sampler({str(tiny_model)!r}, None, tokenizer, options, Path({str(tmp_path)!r})) as (sampler, _):
         samples = sampler.sample([Request(tokenizer("1+1=")["input_ids"], Sampling(temperature=0.0, max_tokens=4), 0)])
-        print(len(multiprocessing.active_children()), len(samples[0].token_ids))
+        engines = multiprocessing.active_children()
+        print(len(engines), len(samples[0].token_ids))
+    for engine in engines:  # vLLM kills one that takes longer than 5 s to end, and does not wait for that
+        engine.join(30)
     print(len(multiprocessing.active_children()))
 """
     )

@@ -1,8 +1,9 @@
 """Real servers for tests: started by `fura-rl serve`, ended with the test."""
 
+import contextlib
 import os
+import runpy
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -10,17 +11,12 @@ import time
 from pathlib import Path
 
 import httpx
+from forked import begin, forking, free_port
 from swapping import max_gap
 
 from fura_rl.rollout.client import VERSION_HEADER
 
 START_SECONDS = 900  # a bound, not a measurement: the machine may be busy
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 class Server:
@@ -31,23 +27,29 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.model = str(model)
         self.log = log
-        command = [sys.executable, "-m", "fura_rl.cli", "serve", self.model, "--port", str(self.port)]
-        command += ["--dtype", "float32", "--max-model-len", "256", *options]
+        words = ["serve", self.model, "--port", str(self.port), "--dtype", "float32"]
+        words += ["--max-model-len", "256", *options]
         # not what other tests and trainers have put into this process's environment
         kept = {
             k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "RANK", "LOCAL_", "WORLD_", "MASTER_"))
         }
         own = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
-        with log.open("ab") as file:
-            self.process = subprocess.Popen(
-                command, env={**kept, **own}, stdout=file, stderr=file, start_new_session=True
-            )
+        self.start(words, {**kept, **own})
+
+    def start(self, words: list[str], environment: dict[str, str]) -> None:
+        command = [sys.executable, "-m", "fura_rl.cli", *words]
+        with self.log.open("ab") as file:
+            self.process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+
+    def status(self) -> int | None:
+        """Its exit status, if it has ended."""
+        return self.process.poll()
 
     def wait(self) -> "Server":
         """Until it answers."""
         end = time.monotonic() + START_SECONDS
         while time.monotonic() < end:
-            assert self.process.poll() is None, f"the server ended: {self.log.read_text()[-3000:]}"
+            assert self.status() is None, f"the server ended: {self.log.read_text()[-3000:]}"
             try:
                 if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
                     return self
@@ -61,19 +63,59 @@ class Server:
         body |= {"ignore_eos": True, **options}
         return httpx.post(f"{self.url}/v1/completions", json=body, headers=headers, timeout=300)
 
+    def join(self, timeout_s: float) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout_s)
+
     def kill(self) -> None:
         """At once, with its engine, which would outlive it: they are a session of their own."""
         os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        self.join(60)
 
     def stop(self) -> None:
-        if self.process.poll() is not None:
+        if self.status() is not None:
             return
         self.process.terminate()
-        try:
-            self.process.wait(60)
-        except subprocess.TimeoutExpired:
+        self.join(60)
+        if self.status() is None:
             self.kill()
+
+
+def _serve(words: list[str], environment: dict[str, str], log: Path) -> None:
+    """`fura-rl` up to where vLLM's server takes its place, which runs in this process instead of a new one."""
+
+    def take_place(path, command, environment):
+        os.environ.clear()
+        os.environ.update(environment)
+        module, sys.argv = command[2], command[2:]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        sys.exit()
+
+    os.setsid()
+    begin(environment, log, log)
+    os.execve = take_place
+    from fura_rl import cli
+
+    sys.argv = ["fura-rl", *words]
+    cli.main()
+
+
+class ForkedServer(Server):
+    """The same server half a minute earlier: its imports are done, and its engine is one process, not two.
+
+    `test_serve` and the tests of two ranks have vLLM's executor of several processes.
+    """
+
+    def start(self, words, environment):
+        environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **environment}
+        self.process = forking().Process(target=_serve, args=(words, environment, self.log))
+        self.process.start()
+
+    def status(self):
+        return self.process.exitcode
+
+    def join(self, timeout_s):
+        self.process.join(timeout_s)
 
 
 def logprobs_of(response):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from servers import Server
+from servers import ForkedServer
 from swapping import max_gap
 
 CUDA = torch.cuda.is_available()
@@ -36,10 +36,10 @@ else:
     OPTIONS, ENVIRONMENT = [], {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, CORES[:2]))}
 
 
-def start(model, log, *options, spread="--tensor-parallel-size", **environment) -> Server:
+def start(model, log, *options, spread="--tensor-parallel-size", **environment) -> ForkedServer:
     path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
     environment = {**ENVIRONMENT, "PYTHONPATH": path, **environment}
-    return Server(model, log, spread, "2", *OPTIONS, *options, **environment)
+    return ForkedServer(model, log, spread, "2", *OPTIONS, *options, **environment)
 
 
 def check(what, found, expected) -> None:

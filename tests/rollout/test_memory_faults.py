@@ -6,7 +6,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from servers import Server, logprobs_of
+from servers import ForkedServer, logprobs_of
 from swapping import max_gap
 from syncs import make_policy, reference_logprobs
 from transformers import AutoTokenizer
@@ -24,7 +24,7 @@ VARIABLE = "FURA_TEST_SHORT_OF_MEMORY"  # of `short_of_memory`, which only the s
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, tiny_model, adapter_dir):
     folder = tmp_path_factory.mktemp("server")
-    server = Server(
+    server = ForkedServer(
         tiny_model, folder / "log", "--for-training", "--adapter-dir", str(adapter_dir),
         "--worker-extension-cls", "short_of_memory.Extension",
         PYTHONPATH=str(Path(__file__).parent), **{VARIABLE: str(folder / "fault")},

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
-from servers import Server
+from servers import ForkedServer
 from syncs import SYNCS, check_twenty_syncs, make_policy
 from transformers import AutoTokenizer
 from trl.generation import vllm_generation
@@ -21,7 +21,7 @@ def test_twenty_syncs(tmp_path, tiny_model, monkeypatch):
     monkeypatch.setattr(FileClient, "folder", tmp_path)
     options = ["--worker-extension-cls", "file_transfer.Extension", "--weight-transfer-config", '{"backend": "file"}']
     environment = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    server = Server(tiny_model, tmp_path / "log", "--for-training", *options, **environment)
+    server = ForkedServer(tiny_model, tmp_path / "log", "--for-training", *options, **environment)
     try:
         server.wait()
         policy = make_policy(tiny_model)

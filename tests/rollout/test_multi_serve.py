@@ -12,7 +12,7 @@ import pytest
 import swapping
 import torch
 from multi_cases import scored
-from servers import Server
+from servers import ForkedServer
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
@@ -32,7 +32,7 @@ def server(tmp_path_factory, tiny_model, adapter_dir):
     """Adapters `a` and `b`, and a folder for further ones."""
     folder = tmp_path_factory.mktemp("multi")
     (folder / "more").mkdir()
-    server = Server(
+    server = ForkedServer(
         tiny_model, folder / "log", "--multi", "--adapter", f"a={adapter_dir / 'a'}", "--adapter",
         f"b={adapter_dir / 'b'}", "--adapter-dir", str(folder / "more"), OMP_NUM_THREADS="1",
     )  # fmt: skip

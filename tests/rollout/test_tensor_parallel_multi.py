@@ -40,7 +40,7 @@ def references(multi, tiny_model):
 
 def sampled(server, name, ids):
     """Greedy tokens after a prompt and their log-probs. vLLM's LoRA on a CPU cannot score a batch of prompts."""
-    response = server.complete(ids, model=name, return_tokens_as_token_ids=True)
+    response = server.complete(ids, model=name, max_tokens=8, return_tokens_as_token_ids=True)
     assert response.status_code == 200, response.text
     found = response.json()["choices"][0]["logprobs"]
     return [int(token.removeprefix("token_id:")) for token in found["tokens"]], found["token_logprobs"]

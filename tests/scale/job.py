@@ -5,16 +5,16 @@ and a training run can be compared with itself, spread otherwise. All else is th
 """
 
 import json
-import multiprocessing
 import os
 import signal
-import socket
 import sys
+import time
 from pathlib import Path
 from unittest.mock import Mock, patch
 
 import numpy as np
 import yaml
+from forked import begin, forking, free_port
 
 DEADLINE_S = 200
 
@@ -124,16 +124,14 @@ def sharded_on_cpu(kind):
 
 
 def work(rank, world, port, recipe, log, poisoned):
-    with open(log, "w", buffering=1) as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    begin(dict(os.environ), Path(log), Path(log))
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     from trl import GRPOTrainer
 
     from fura_rl import train_grpo
     from fura_rl.adapter import blocks
+    from fura_rl.trainer.grpo import FuraGRPOTrainer
     from fura_rl.trainer.guards import GuardCallback
 
     options = yaml.safe_load(Path(recipe).read_text())
@@ -143,20 +141,24 @@ def work(rank, world, port, recipe, log, poisoned):
         os.environ["ACCELERATE_USE_CPU"] = "true"
     if poisoned:
         GuardCallback.on_optimizer_step = poison  # the last event before the one at which it looks
+    if "fsdp" in options:
+        save = FuraGRPOTrainer._save
+
+        # as the main process is late, which copies all that was gathered
+        def save_late(trainer, folder=None, state_dict=None):
+            if folder == options["output_dir"]:
+                time.sleep(1)
+            save(trainer, folder, state_dict)
+
+        FuraGRPOTrainer._save = save_late
     counted = patch.object(blocks, "block_basis", Mock(wraps=blocks.block_basis))
     with patch.object(GRPOTrainer, "_generate_single_turn", scripted_rollouts), counted as block_basis:
         status = train_grpo.main(["--config", recipe])
     if poisoned:
         print(f"padded {poison.padding}")
     print(f"computed {block_basis.call_count} bases")
+    print(f"adapter written: {(Path(options['output_dir']) / 'adapter_model.safetensors').exists()}")
     sys.exit(status)
-
-
-def forking():
-    """A context whose processes begin with the slow imports done."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fura_rl.train_grpo", "deepspeed"])
-    return context
 
 
 class Ranks:
@@ -178,8 +180,7 @@ class Ranks:
         """
         recipe = self.folder / f"{name}.yaml"
         recipe.write_text(yaml.safe_dump({**self.recipe, "output_dir": str(self.folder / name), **options}))
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
+        port = free_port()
         logs = [self.folder / f"{name}_{rank}.log" for rank in range(world)]
         processes = [
             self.context.Process(target=work, args=(rank, world, port, str(recipe), str(log), poisoned))

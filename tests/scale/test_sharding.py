@@ -2,11 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import Forked
 
 WORKER = Path(__file__).with_name("sharded_policy.py")
 
@@ -19,19 +18,20 @@ def ranks(rank: int, world: int) -> dict[str, str]:
 def run(kind: str, world: int, architecture: str, side: str, folder: Path) -> list[dict]:
     """What each rank printed."""
     processes = [
-        subprocess.Popen(
-            [sys.executable, WORKER, kind, str(rank), str(world), folder / "store", architecture, side],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **ranks(rank, world)},
+        Forked(
+            *(WORKER, kind, rank, world, folder / "store", architecture, side),
+            environment={**os.environ, "DS_ACCELERATOR": "cpu", **ranks(rank, world)},
         )
         for rank in range(world)
     ]
-    outputs = [process.communicate(timeout=300) for process in processes]
-    for process, (_, err) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, err[-3000:]
-    return [json.loads(out.strip().splitlines()[-1]) for out, _ in outputs]
+    try:
+        outputs = [process.wait(300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for output in outputs:
+        assert output.returncode == 0, output.stderr[-3000:]
+    return [json.loads(output.stdout.strip().splitlines()[-1]) for output in outputs]
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from unittest.mock import Mock, patch
 import pytest
 import torch
 import torch.distributed as dist
-from job import forking
+from forked import forking
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 

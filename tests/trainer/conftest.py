@@ -1,18 +1,15 @@
 """Training runs in processes of their own, forked from one that has paid for the imports."""
 
-import multiprocessing
-
 import pytest
 import yaml
+from forked import forking
 from training_runs import Run
 
 
 @pytest.fixture(scope="session")
 def processes():
     """A context whose processes begin with `fura_rl.train_grpo` imported."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fura_rl.train_grpo"])
-    return context
+    return forking()
 
 
 @pytest.fixture

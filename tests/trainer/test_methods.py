@@ -1,11 +1,8 @@
 """Other methods and quantised bases in the same trainer: one option, the same engine, sync and files."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+import forked
 import pytest
 import torch
 import yaml
@@ -16,8 +13,6 @@ from fura_rl import FuraConfig
 from fura_rl.errors import FuraError
 from fura_rl.trainer.arguments import AdapterArguments
 from fura_rl.trainer.methods import METHODS, adapter_config
-
-SCRIPT = Path(__file__).parents[2] / "fura_rl" / "train_grpo.py"
 
 
 def test_each_method_has_its_configuration():
@@ -60,10 +55,7 @@ def test_a_run_with_the_real_engine(options, adapter_type, tmp_path, tiny_model,
         max_completion_length=48, learning_rate=1e-3, save_strategy="no", vllm_max_model_length=256, seed=1,
     )  # fmt: skip
     recipe.write_text(yaml.safe_dump({**common, **options}))
-    process = subprocess.run(
-        [sys.executable, str(SCRIPT), "--config", str(recipe)], capture_output=True, text=True, timeout=500,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    process = forked.run("-m", "fura_rl.train_grpo", "--config", recipe)
     assert process.returncode == 0, process.stderr[-3000:]
     logs = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     gaps = [line["sync/logp_gap_max"] for line in logs if "sync/logp_gap_max" in line]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from forked import Forked
 from safetensors import safe_open
 
 ROOT = Path(__file__).parents[2]
@@ -84,7 +85,7 @@ def test_without_vllm_transformers_generates_and_says_why(recipe, tmp_path):
     broken = tmp_path / "site" / "vllm"
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')\n")
-    process = launch(recipe(), PYTHONPATH=str(tmp_path / "site"))
+    process = launch(recipe(), PYTHONPATH=str(tmp_path / "site"))  # not forked: those have imported the real one
     assert process.returncode == 0, process.stderr[-3000:]
     assert "libcudart.so.13" in process.stderr and "transformers generates" in process.stderr
     check_run(tmp_path / "run", "transformers")
@@ -101,17 +102,17 @@ def test_a_disk_that_fills_up_ends_in_one_sentence(recipe, tmp_path):
     try:
         file = recipe(output_dir=str(disk / "run"), benchmarks=[], benchmark_steps=None, max_steps=40, use_vllm=False)
         metrics = disk / "run" / "metrics.jsonl"
-        process = subprocess.Popen([*LAUNCH, "--config", str(file)], stderr=subprocess.PIPE, text=True)
+        process = Forked("-m", "fura_rl.train_grpo", "--config", file)
         deadline = time.monotonic() + 300
         while not (metrics.exists() and metrics.read_text().count("\n")):
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.2)
+            assert time.monotonic() < deadline and process.process.is_alive()
+            time.sleep(0.05)
         with contextlib.suppress(OSError), (disk / "ballast").open("wb", buffering=0) as ballast:
             while True:
                 ballast.write(b"\0" * 4096)
-        _, err = process.communicate(timeout=300)
-        assert process.returncode != 0
-        assert "error: The disk is full" in err and "Traceback" not in err
+        done = process.wait(300)
+        assert done.returncode != 0
+        assert "error: The disk is full" in done.stderr and "Traceback" not in done.stderr
         assert json.loads(metrics.read_text().splitlines()[0])["step"] == 1
     finally:
         subprocess.run(["umount", str(disk)], check=True)

@@ -1,0 +1,139 @@
+"""Layers on a 4-bit base multiply their weight instead of their input: `(W M) x` for `W (M x)`.
+
+The weight is dequantised in each pass anyway, so that `W M` costs no traffic of its own (`four_bit_kernels`). The
+backward pass stays what it is: `g = dy W` with the base weight, then `dx = g + g D` and `dD = g^T x` in one pass.
+
+In the forward pass a layer's input therefore goes through unchanged, as a `Deferred` with the `D` that the base layer
+has yet to apply. Only where that pays: below `FEWEST_ROWS` rows, as in decoding, inputs are less work than a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from peft.import_utils import is_bnb_4bit_available
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from . import transform
+
+if TYPE_CHECKING:
+    from .blocks import FuraBlocks
+Linear4bit: Any = None
+if transform.HAVE_KERNELS:
+    if is_bnb_4bit_available():
+        from bitsandbytes.functional import dequantize_4bit
+        from bitsandbytes.nn import Linear4bit
+        from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
+    from .delta_kernels import run_deltas
+    from .four_bit_kernels import LARGEST_BLOCK, run_merged
+    from .kernels import run_gradient_shares
+    from .shared_kernels import run_shared_gradient_shares
+    from .shared_operator import adapters_of, gradients_of
+
+FEWEST_ROWS = 2048
+
+
+class Deferred(NamedTuple):
+    """A layer's input (*, in) and the `D` (n, b, b) that it still has to be multiplied by, if there is one."""
+
+    x: torch.Tensor
+    delta: torch.Tensor | None = None
+
+
+def can_defer(base: nn.Module, x: torch.Tensor, blocks: FuraBlocks) -> bool:
+    """Whether `base` is a 4-bit layer of bitsandbytes as it is stored for training, and `x` has enough rows."""
+    if torch.compiler.is_compiling() or Linear4bit is None or not isinstance(base, Linear4bit):
+        return False
+    if base.quant_state is not None:
+        fix_4bit_weight_quant_state_from_module(base)  # as its own forward does: FSDP exchanges the parameter
+    weight = base._parameters["weight"]
+    state = getattr(weight, "quant_state", None)
+    return (
+        x.numel() >= FEWEST_ROWS * x.shape[-1]
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and base.compute_dtype in (None, x.dtype)
+        and state is not None
+        and weight.dtype == torch.uint8
+        and weight.device == x.device
+        and not getattr(state, "packing_format_for_cpu", False)
+        and (base.bias is None or not base.bias.requires_grad)
+        and _is_bare(base)
+        and blocks.is_plain
+        and transform.use_kernels(x, blocks.block_size)
+        and blocks.block_size <= LARGEST_BLOCK
+    )
+
+
+def _is_bare(base: Any) -> bool:
+    """Whether the layer's forward is bitsandbytes' own, and nothing hooks on to its call (offloading, profiling)."""
+    return (
+        type(base).forward is Linear4bit.forward
+        and "forward" not in base.__dict__
+        and not hasattr(base, "_hf_hook")
+        and not (base._forward_pre_hooks or base._forward_hooks or base._backward_pre_hooks or base._backward_hooks)
+    )
+
+
+def defer(x: torch.Tensor, all_blocks: Sequence[FuraBlocks]) -> list[Deferred]:
+    """`x` for each of one to three adapters (`FuraBlocks` of one geometry, input side), with their `D`."""
+    merged, flat = transform.flattened(all_blocks)
+    with torch.no_grad():
+        delta_cnbb = run_deltas(adapters_of(flat), merged, False, x.dtype)
+    factors = transform.product_factors(x) if len(all_blocks) == 1 else None
+    outputs = DeferredMultiply.apply(x, factors, delta_cnbb, merged, *flat)
+    return [Deferred(y, delta) for y, delta in zip(outputs, delta_cnbb, strict=True)]
+
+
+def multiplied_linear(base: nn.Module, deferred: Deferred) -> torch.Tensor:
+    """`x (W M)^T + bias` of a base layer that `can_defer`."""
+    weight: Any = base.weight
+    return MultipliedLinear.apply(deferred.x, deferred.delta, weight, weight.quant_state, base.bias)
+
+
+class DeferredMultiply(torch.autograd.Function):
+    """The gradient of `M x` for each of one to three adapters, all of them trained; in the forward pass `x` itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x, factors, delta_cnbb, merged, *flat) -> tuple[torch.Tensor, ...]:
+        """
+        Args:
+            x: (*, n * b).
+            factors: two tensors whose product is `x` and that are kept anyway, to be saved in its place; or None.
+            merged: the cores carry the singular values.
+            flat: basis, sigma, core and scale of each adapter, one adapter after the other.
+        """
+        ctx.merged = merged
+        ctx.save_for_backward(*(factors or (x, None)), delta_cnbb, *flat)
+        return tuple(x.view_as(x) for _ in delta_cnbb)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple:
+        x, other, delta_cnbb, *flat = ctx.saved_tensors
+        ctx.spent = True  # as in `SharedMultiply`
+        with_dx = ctx.needs_input_grad[0]
+        dx: torch.Tensor | None
+        if len(gradients) == 1:
+            dx, shares = run_gradient_shares(gradients[0], x, delta_cnbb[0], with_dx, other=other)
+            shares = shares.unsqueeze(1)
+        else:
+            dx, shares = run_shared_gradient_shares(list(gradients), x, delta_cnbb, with_dx)
+        return dx if with_dx else None, None, None, None, *gradients_of(shares, flat, ctx.merged)
+
+
+class MultipliedLinear(torch.autograd.Function):
+    """`x (W M)^T + bias`, whose gradient is that of a layer whose input was multiplied: `dy W`."""
+
+    @staticmethod
+    def forward(ctx: Any, x, delta, packed, state, bias) -> torch.Tensor:
+        ctx.packed, ctx.state = packed, state
+        return nn.functional.linear(x, run_merged(packed, state, delta), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple:
+        weight = dequantize_4bit(ctx.packed.view(-1, 1), ctx.state)  # of one row of codes it would be transposed
+        return dy @ weight.to(dy.dtype), None, None, None, None

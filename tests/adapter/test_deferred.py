@@ -1,0 +1,277 @@
+"""Layers on a 4-bit base that multiply their weight: the kernel and layers against float64, models against themselves.
+
+Runs in Triton's interpreter on a CPU, as `test_kernels.py` does.
+"""
+
+import copy
+import math
+
+import pytest
+import torch
+from kernel_cases import DTYPES, INTERPRETED, ROUNDING, kernels, no_cuda, relative_error, run_in_interpreter
+from peft import get_peft_model
+from tiny_nets import fura_layers, perturb, tiny_llama, tokens
+from torch import nn
+
+from fura_rl.adapter import FuraConfig, FuraLayer, deferred
+
+bnb = pytest.importorskip("bitsandbytes", reason="the extra 'quantized' is not installed")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
+def test_deferred_in_the_interpreter():
+    run_in_interpreter(__file__)
+
+
+def four_bit(linear, device, dtype=torch.bfloat16, nested=True, quant_type="nf4"):
+    """The layer on NF4; its state on a CPU is that of training, where weights are not repacked."""
+    out_features, in_features = linear.weight.shape
+    layer = bnb.nn.Linear4bit(
+        in_features,
+        out_features,
+        bias=linear.bias is not None,
+        compute_dtype=dtype,
+        compress_statistics=nested,
+        quant_type=quant_type,
+    )
+    layer.load_state_dict(linear.state_dict())
+    layer = layer.to(device).requires_grad_(False)
+    layer.support_avx512bf16_for_cpu = False
+    return layer
+
+
+def exact_weight(base):
+    """What the codes stand for, in float64. (On a CPU bitsandbytes errs where rows are no multiple of 64.)"""
+    state = copy.copy(base.weight.quant_state)
+    state.dtype = torch.float32
+    return bnb.functional.dequantize_4bit(base.weight, state).double().cpu()
+
+
+@kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("nested", "quant_type"), [(True, "nf4"), (False, "nf4"), (False, "fp4")])
+@pytest.mark.parametrize(("n", "b", "rows"), [(4, 64, 130), (8, 16, 5), (8, 24, 64), (2, 96, 33), (3, 128, 70)])
+def test_merged_codes_against_float64(device, dtype, nested, quant_type, n, b, rows):
+    from fura_rl.adapter.four_bit_kernels import run_merged
+
+    torch.manual_seed(0)
+    base = four_bit(nn.Linear(n * b, rows, bias=False), device, nested=nested, quant_type=quant_type)
+    delta = (torch.randn(n, b, b) / b**0.5).to(device, dtype)
+    multiplier = torch.eye(n * b).double() + torch.block_diag(*delta.double().cpu())
+    merged = run_merged(base.weight, base.weight.quant_state, delta)
+    assert merged.dtype == dtype
+    assert relative_error(merged, exact_weight(base) @ multiplier) < ROUNDING[dtype]
+
+
+@kernels
+def test_small_differences_survive_rounding(device):
+    """`D` of an eighth of the distance of bf16 numbers: most weights stay what they were, and their sum moves."""
+    from fura_rl.adapter.four_bit_kernels import run_merged
+
+    torch.manual_seed(0)
+    n, b = 4, 64
+    base = four_bit(nn.Linear(n * b, 512, bias=False), device)
+    shift = 2.0**-11
+    before, after = (
+        run_merged(base.weight, base.weight.quant_state, torch.eye(b).expand(n, b, b).to(device, torch.bfloat16) * size)
+        for size in (0.0, shift)
+    )
+    weight, moved = before.double(), (after - before).double()
+    assert (moved == 0).float().mean() > 0.7
+    assert float((moved * weight).sum() / weight.square().sum()) == pytest.approx(shift, rel=0.2)
+    stored = weight.bfloat16()
+    assert torch.equal(stored + stored * shift, stored)  # as a weight in bf16 would lose it
+
+
+def adapted(base, b, **options):
+    layer = FuraLayer(base, "default", FuraConfig(block_size=b, **options))
+    perturb(layer)
+    return layer
+
+
+def counting(monkeypatch):
+    calls = []
+    run = deferred.run_merged
+    monkeypatch.setattr(deferred, "run_merged", lambda *args: calls.append(1) or run(*args))
+    return calls
+
+
+@kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"singular_values": "merged"}, {"singular_values": "frozen"}])
+@pytest.mark.parametrize("product", [False, True])
+def test_a_layer_and_its_gradients_against_float64(device, dtype, options, product, monkeypatch):
+    monkeypatch.setattr(deferred, "FEWEST_ROWS", 0)
+    calls = counting(monkeypatch)
+    torch.manual_seed(0)
+    layer = adapted(four_bit(nn.Linear(192, 40), device, dtype), 24, **options)
+    factors = [torch.randn(3, 7, 192).to(device, dtype).requires_grad_() for _ in range(2)]
+    x = factors[0] * factors[1] if product else factors[0]
+    y = layer(x)
+    dy = torch.randn(y.shape).to(device, dtype)
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    found = torch.autograd.grad(y, [factors[0], *trained], dy)
+    assert len(calls) == 1
+
+    weight = exact_weight(layer.base_layer)
+    exact = [factor.detach().double().cpu().requires_grad_() for factor in factors]
+    blocks = copy.deepcopy(layer.fura_blocks["default"]).cpu()
+    for parent, name in [(blocks, "basis"), (blocks, "sigma")]:
+        setattr(parent, name, getattr(parent, name).double())
+    for p in blocks.parameters():
+        p.data = p.data.double()
+    x64 = exact[0] * exact[1] if product else exact[0]
+    expected = x64 @ (weight @ (torch.eye(192) + torch.block_diag(*blocks()))).T + layer.base_layer.bias.double().cpu()
+    own = [p for p in blocks.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(expected, [exact[0], *own], dy.double().cpu())
+    for mine, reference in zip([y, *found], [expected.detach(), *gradients], strict=True):
+        assert relative_error(mine, reference) < 2.5 * ROUNDING[dtype]  # of the weight, the product, and each gradient
+
+
+def quantised_llama(device, **options):
+    model = tiny_llama(torch.bfloat16, hidden_size=64, intermediate_size=128, max_position_embeddings=128)
+    for parent in list(model.model.layers.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, four_bit(child.float(), device))
+    model = get_peft_model(model.to(device), FuraConfig(target_modules="all-linear", **options))
+    perturb(model)
+    return model
+
+
+def step(model, device):
+    ids = tokens(2, 40).to(device)
+    model.zero_grad()
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@kernels
+def test_a_model_is_as_close_to_float32_as_with_multiplied_inputs(device, monkeypatch):
+    """All layers of a Llama, q/k/v and gate/up sharing their input, with the loss and each gradient."""
+    model = quantised_llama(device)
+    monkeypatch.setattr(deferred, "FEWEST_ROWS", math.inf)
+    calls = counting(monkeypatch)
+    loss, gradients = step(model, device)
+    assert not calls
+    monkeypatch.setattr(deferred, "FEWEST_ROWS", 0)
+    deferred_loss, deferred_gradients = step(model, device)
+    assert len(calls) == 14
+    exact = copy.deepcopy(model).float()
+    for layer in fura_layers(exact).values():
+        dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device=device)
+        dense.weight = nn.Parameter(exact_weight(layer.base_layer).float().to(device), requires_grad=False)
+        layer.base_layer = dense
+    expected_loss, expected = step(exact, device)
+    assert abs(deferred_loss - expected_loss) < 1.5 * abs(loss - expected_loss) + 2.0**-8 * expected_loss
+    for name, reference in expected.items():
+        errors = [relative_error(g[name], reference.double().cpu()) for g in (gradients, deferred_gradients)]
+        assert errors[1] < 1.5 * errors[0] + 0.01, name
+
+
+@kernels
+def test_a_projection_called_after_a_backward_pass_has_gradients(device, monkeypatch):
+    """What `q_proj` left for it hangs on a graph that is gone."""
+    monkeypatch.setattr(deferred, "FEWEST_ROWS", 0)
+    attention = quantised_llama(device).base_model.model.model.layers[0].self_attn
+    x = torch.randn(3, 64, device=device, dtype=torch.bfloat16).requires_grad_()
+    for layer in (attention.q_proj, attention.k_proj):
+        layer(x).sum().backward()
+        assert layer.fura_blocks["default"].core.grad.norm() > 0
+
+
+@kernels
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(device, reentrant, monkeypatch):
+    monkeypatch.setattr(deferred, "FEWEST_ROWS", 0)
+    model = quantised_llama(device).train()
+    loss, gradients = step(model, device)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    calls = counting(monkeypatch)
+    again, others = step(model, device)
+    assert len(calls) == (28 if reentrant else 26)  # torch leaves out what saves nothing at the end of a region
+    assert again == loss
+    for name, gradient in gradients.items():  # without checkpointing `down_proj` keeps its input as two factors
+        assert relative_error(others[name], gradient.double().cpu()) < ROUNDING[torch.bfloat16], name
+
+
+@kernels
+def test_without_gradients_and_with_a_frozen_adapter(device, monkeypatch):
+    monkeypatch.setattr(deferred, "FEWEST_ROWS", 0)
+    calls = counting(monkeypatch)
+    layer = adapted(four_bit(nn.Linear(192, 40), device), 24)
+    x = torch.randn(5, 192, device=device, dtype=torch.bfloat16)
+    with torch.no_grad():
+        y = layer(x)
+    with torch.inference_mode():
+        assert torch.equal(layer(x), y)
+    assert len(calls) == 2
+    layer.requires_grad_(False)  # its input is multiplied: the gradient of that alone is one kernel
+    assert relative_error(layer(x), y.double().cpu()) < 2.0**-6
+    assert len(calls) == 2
+
+
+@kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_where_the_input_is_multiplied(device, dtype, monkeypatch):
+    """Few rows, another dtype than the layer computes in, hooks on the base layer, merged and disabled adapters."""
+    calls = counting(monkeypatch)
+    base = four_bit(nn.Linear(64, 40), device)
+    layer = adapted(base, 16)
+    x = torch.randn(deferred.FEWEST_ROWS - 1, 64, device=device, dtype=dtype)
+    layer(x)
+    assert not calls
+    monkeypatch.setattr(deferred, "FEWEST_ROWS", 0)
+    layer(x)
+    assert len(calls) == (dtype == torch.bfloat16)
+    calls.clear()
+    seen = []
+    for register in ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_pre_hook"):
+        hook = getattr(base, register)(lambda *_: seen.append(1))
+        layer(x).sum().backward()
+        assert len(seen) == 1 and not calls, register
+        seen.clear()
+        hook.remove()
+    forward = base.forward
+    base.forward = lambda x: seen.append(1) or forward(x)
+    layer(x)
+    assert seen and not calls
+    del base.forward
+    layer.enable_adapters(False)
+    layer(x)
+    layer.enable_adapters(True)
+    layer.merge()
+    layer(x)
+    assert not calls
+
+
+@kernels
+def test_a_parameter_that_lost_its_state(device, monkeypatch):
+    """FSDP makes such ones. Each call takes the same way, or checkpointing would find other tensors than it saved."""
+    monkeypatch.setattr(deferred, "FEWEST_ROWS", 0)
+    calls = counting(monkeypatch)
+    base = four_bit(nn.Linear(64, 40), device)
+    layer = adapted(base, 16)
+    base.quant_state = base.weight.quant_state
+    base.weight = nn.Parameter(base.weight.data, requires_grad=False)
+    x = torch.randn(5, 64, device=device, dtype=torch.bfloat16)
+    assert torch.equal(layer(x), layer(x))
+    assert len(calls) == 2
+
+
+@pytest.mark.gpu
+@no_cuda
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_adapter_at_its_start_is_the_quantised_layer_bit_for_bit(nested, dtype, monkeypatch):
+    """Codes are rounded as bitsandbytes rounds them. (The interpreter truncates bf16.)"""
+    calls = counting(monkeypatch)
+    torch.manual_seed(0)
+    base = four_bit(nn.Linear(512, 384), "cuda", dtype, nested)
+    layer = FuraLayer(base, "default", FuraConfig(block_size=64))
+    x = torch.randn(4096, 512, device="cuda", dtype=dtype)
+    assert torch.equal(layer(x), base(x))
+    assert len(calls) == 1
