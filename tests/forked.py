@@ -3,6 +3,7 @@
 What a user would start as `python -m fura_rl.cli` or `python script.py` runs here as it does there, seconds earlier.
 """
 
+import faulthandler
 import importlib
 import multiprocessing
 import os
@@ -39,6 +40,7 @@ def begin(environment: dict[str, str], out: Path, err: Path) -> None:
         with open(path, "a", buffering=1) as file:
             os.dup2(file.fileno(), number)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    faulthandler.enable()  # a crash leaves its stack there too
 
 
 def _execute(words: list[str], environment: dict[str, str], folder: Path, out: Path, err: Path) -> None:
