@@ -201,8 +201,9 @@ def run(argv: list[str] | None = None, signals: StopSignals | None = None) -> di
     trainer.add_callback(ProgressCallback(trainer))
     ObserverCallback(trainer, output, options).attach()
     trainer.add_callback(MetricsFileCallback(output / JOURNALS[0]))
-    if signals is not None:
-        trainer.add_callback(StopCallback(trainer, signals))
+    stop = StopCallback(trainer, signals) if signals is not None else None
+    if stop is not None:
+        trainer.add_callback(stop)
     if main_process:
         prepare_files(output, checkpoint)
         (output / "config.yaml").write_text(text, encoding="utf-8")
@@ -212,8 +213,7 @@ def run(argv: list[str] | None = None, signals: StopSignals | None = None) -> di
         if trainer.benchmarks and checkpoint is None:
             trainer.evaluate()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        stopped = signals is not None and signals.received is not None
-        if not stopped:
+        if stop is None or not stop.stopped:
             trainer.save_model(str(output))
     finally:
         trainer.close()
@@ -234,9 +234,9 @@ def run(argv: list[str] | None = None, signals: StopSignals | None = None) -> di
         if main_process:
             write_summary(output / "summary.json", **summary)
             write_report(output)
-    if main_process and signals is not None and stopped:
+    if main_process and stop is not None and stop.stopped:
         print(
-            f"Stopped by {signals.received} after step {trainer.state.global_step}; {trainer.last_checkpoint} is "
+            f"Stopped by {stop.signals.received} after step {trainer.state.global_step}; {trainer.last_checkpoint} is "
             "written. --resume_from_checkpoint latest goes on from there.",
             flush=True,
         )

@@ -23,15 +23,14 @@ _WORKER = Path(__file__).with_name("worker.py")
 _HEADER = struct.Struct(">I")
 # A fresh worker imports sympy: half a second when idle, longer on a busy machine. No answer is to blame for it.
 _START_TIMEOUT_S = 120.0
-# A request whose worker died (killed by the system, say) is asked once more before it counts as an error.
-_ATTEMPTS = 2
 CLOSED = "This verifier is closed; create a new MathVerifier to grade more answers."
 
 
 class _Worker:
     """One process and its two pipes."""
 
-    def __init__(self, memory_limit: int) -> None:
+    def __init__(self, memory_limit: int, number: int) -> None:
+        self.number = number
         # Popen neither runs Python between fork and exec nor lets file descriptors through: safe with threads, with
         # CUDA initialised, and under any multiprocessing start method.
         self.process = subprocess.Popen(
@@ -102,6 +101,7 @@ class WorkerPool:
         self._lock = threading.Lock()
         self._workers: list[_Worker] = []
         self._killed: list[_Worker] = []  # until the system reports their end
+        self._begun = 0  # workers so far; each has the count before it as its number
 
     def _after_fork(self) -> None:
         for worker in self._workers:
@@ -121,11 +121,12 @@ class WorkerPool:
             self._fill(self.size)
             while not all(worker.ready for worker in self._workers):
                 self._check_start(time.monotonic())
-                self._poll([], [], deque(), time.monotonic() + 1.0)
+                self._poll([], {}, deque(), time.monotonic() + 1.0)
 
     def _fill(self, count: int) -> None:
         while len(self._workers) < count:
-            self._workers.append(_Worker(self.memory_limit))
+            self._workers.append(_Worker(self.memory_limit, self._begun))
+            self._begun += 1
 
     def _greet(self) -> None:
         """Give workers that no earlier batch waited for their time from now: their greeting may lie unread."""
@@ -160,7 +161,9 @@ class WorkerPool:
     def _run(self, requests: Sequence[dict[str, Any]], timeout: float, batch_timeout: float) -> list[dict[str, Any]]:
         replies: list[dict[str, Any]] = [{"error": "timeout"} for _ in requests]
         waiting = deque(range(len(requests)))
-        attempts = [0] * len(requests)
+        # A request whose worker died (killed by the system, say) is asked once more before it counts as an error: from
+        # this number of workers on, as others may have died with it.
+        fresh: dict[int, int] = {}
         batch_deadline = float("inf")
         overruns = 0
         wanted = min(self.size, len(requests))
@@ -179,16 +182,18 @@ class WorkerPool:
                     if now >= worker.deadline:
                         self._drop(worker)
                         overruns += 1
-                    elif worker.ready and worker.request is None and waiting:
-                        index = waiting.popleft()
-                        attempts[index] += 1
+                    elif worker.ready and worker.request is None:
+                        index = next((index for index in waiting if worker.number >= fresh.get(index, 0)), None)
+                        if index is None:
+                            continue
+                        waiting.remove(index)
                         try:
                             # Many overruns mean a collapsed policy: the next ones must not use up the batch.
                             allowed = timeout / (1 + overruns)
                             worker.send(index, {**requests[index], "timeout": allowed}, now + allowed)
                         except BrokenPipeError:
-                            self._lost(worker, attempts, waiting, replies)
-                self._poll(replies, attempts, waiting, min(batch_deadline, now + 1.0))
+                            self._lost(worker, fresh, waiting, replies)
+                self._poll(replies, fresh, waiting, min(batch_deadline, now + 1.0))
         except BaseException:  # KeyboardInterrupt too: a half-read reply must not answer the next batch
             self._stop()
             raise
@@ -197,7 +202,7 @@ class WorkerPool:
         self._fill(wanted)  # replacements start now, to be ready for the next batch
         return replies
 
-    def _poll(self, replies: list[dict[str, Any]], attempts: list[int], waiting: deque[int], latest: float) -> None:
+    def _poll(self, replies: list[dict[str, Any]], fresh: dict[int, int], waiting: deque[int], latest: float) -> None:
         """Wait until some worker answers, dies or reaches its deadline."""
         busy = [worker for worker in self._workers if worker.request is not None or not worker.ready]
         if not busy:
@@ -212,7 +217,7 @@ class WorkerPool:
             try:
                 message = worker.receive()
             except EOFError:
-                self._lost(worker, attempts, waiting, replies)
+                self._lost(worker, fresh, waiting, replies)
                 continue
             if message is None:
                 continue
@@ -225,8 +230,8 @@ class WorkerPool:
             if message.get("retire"):
                 self._drop(worker)
 
-    def _lost(self, worker: _Worker, attempts: list[int], waiting: deque[int], replies: list[dict[str, Any]]) -> None:
-        """A worker died by itself: ask its request again, elsewhere."""
+    def _lost(self, worker: _Worker, fresh: dict[int, int], waiting: deque[int], replies: list[dict[str, Any]]) -> None:
+        """A worker died by itself: ask its request again, of a worker that begins later."""
         index = worker.request
         self._drop(worker)
         if not worker.ready:
@@ -234,7 +239,8 @@ class WorkerPool:
                 "A grading worker ended while it started; is math-verify installed, and memory_limit at least 256 MiB?"
             )
         if index is not None:
-            if attempts[index] < _ATTEMPTS:
+            if index not in fresh:
+                fresh[index] = self._begun
                 waiting.appendleft(index)
             else:
                 replies[index] = {"error": "worker died"}

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from hypothesis import HealthCheck, settings
 
 
 def pytest_configure() -> None:
     """A shell's background jobs ignore Ctrl-C, and so would every process that a test starts and interrupts."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    settings.register_profile("fura", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("fura")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -31,6 +34,13 @@ def own_environment() -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def own_random_numbers() -> None:
+    """What a test draws from torch's global generator does not depend on what ran before in its process."""
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
@@ -71,10 +81,10 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_pr
     )  # fmt: skip
     arguments = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     with FileLock(base / "tiny_run.lock"):  # once for all workers
-        if not run.exists():
+        if not (run / "summary.json").exists():
             process = subprocess.run(
-                [sys.executable, "-m", "fura_rl.cli", "train", *arguments], capture_output=True, text=True, timeout=500,
-                env={**os.environ, "HF_HUB_OFFLINE": "1"},
+                [sys.executable, "-m", "fura_rl.cli", "train", *arguments],
+                capture_output=True, text=True, timeout=1500, env={**os.environ, "HF_HUB_OFFLINE": "1"},
             )  # fmt: skip
             assert process.returncode == 0, process.stderr[-3000:]
     return run

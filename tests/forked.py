@@ -3,8 +3,10 @@
 What a user would start as `python -m fura_rl.cli` or `python script.py` runs here as it does there, seconds earlier.
 """
 
+import contextlib
 import faulthandler
 import importlib
+import itertools
 import multiprocessing
 import os
 import runpy
@@ -25,10 +27,16 @@ def forking():
     return context
 
 
+# Below those that systems give to whoever asks for any: nobody takes one before the process that it is meant for.
+_PORTS = itertools.count(10_000 + 2_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")))
+
+
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    """A TCP port that nobody listens on, another one in each call."""
+    for port in _PORTS:
+        with socket.socket() as found, contextlib.suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
 
 
 def begin(environment: dict[str, str], out: Path, err: Path) -> None:

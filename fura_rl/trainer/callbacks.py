@@ -40,11 +40,13 @@ class StopCallback(TrainerCallback):
 
     Attributes:
         signals: Armed to raise where there is nothing to save, and only noting signals while training.
+        stopped: Whether training was ended so, the same on every rank. A signal that comes later ends nothing.
     """
 
     def __init__(self, trainer: FuraGRPOTrainer, signals: StopSignals) -> None:
         self.trainer = trainer
         self.signals = signals
+        self.stopped = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -53,6 +55,7 @@ class StopCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._any_rank_stops():
+            self.stopped = True
             control.should_save = True
             control.should_training_stop = True
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tiny_nets import adapted_llama, fura_layers, perturb, tiny_llama, tokens
 from typer import Typer
@@ -53,8 +53,12 @@ def test_each_form_computes_the_same(tmp_path, form, options, low_cpu_mem_usage)
     folder = save_adapter(model, tmp_path, form)
     loaded = load(folder, biased_llama(), low_cpu_mem_usage=low_cpu_mem_usage)
     assert FuraConfig.from_pretrained(folder).saved_form == form
-    tolerance = dict(rtol=0, atol=0) if form == "full" else dict(rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(logits(loaded), logits(model), **tolerance)
+    if form == "full":
+        state, expected = get_peft_model_state_dict(loaded), get_peft_model_state_dict(model)
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[name], expected[name]) for name in expected)
+    # not to the last bit, even so: by where a tensor lies in memory some CPUs sum it in another order
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits(loaded.merge_and_unload()), logits(model), rtol=1e-4, atol=1e-4)
 
 

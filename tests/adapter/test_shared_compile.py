@@ -155,11 +155,9 @@ def test_a_model_in_one_graph(device, decoder, counting, reentrant):
         decoder.gradient_checkpointing_enable({"use_reentrant": reentrant})
     compiled = torch.compile(decoder, backend=counting, fullgraph=True)
     traced, eager = step(compiled, decoder), step(decoder, decoder)
-    if device == "cpu":
-        assert_equal(traced, eager)
-    else:  # the last bits differ there, as they do between two kernels for attention (4e-7 on a CPU)
-        assert traced.keys() == eager.keys()
-        assert all(relative_error(traced[name], eager[name].double().cpu()) < 1e-5 for name in eager)
+    # by the kind of CPU or GPU the last bits differ, as they do between two kernels for attention (4e-7 on a CPU)
+    assert traced.keys() == eager.keys()
+    assert all(relative_error(traced[name], eager[name].double().cpu()) < 1e-5 for name in eager)
     assert counting.groups == [2]
 
 

@@ -17,8 +17,9 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "grpo_scaling.py"
 @pytest.mark.skipif(torch.cuda.is_available(), reason="merged weights travel over NCCL there")
 def test_two_processes_beside_a_launch_that_fails():
     process = subprocess.run(
-        [sys.executable, SCRIPT, "--tiny", "--steps", "4", "--launches", "server_merged", "ddp", "--single", "2.0"],
-        capture_output=True, text=True, timeout=500, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        [sys.executable, SCRIPT, "--tiny", "--steps", "4", "--launches", "server_merged", "ddp", "--single", "2.0",
+         "--limit", "600"],
+        capture_output=True, text=True, timeout=1500, env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-3000:]
     failed, ddp = json.loads(process.stdout.strip().splitlines()[-1])["rows"]

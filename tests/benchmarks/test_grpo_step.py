@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "grpo_step.py"
 def test_phases_of_a_step():
     process = subprocess.run(
         [sys.executable, SCRIPT, "--tiny", "--steps", "4", "--methods", "fura"], capture_output=True, text=True,
-        timeout=500, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        timeout=1500, env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-3000:]
     (row,) = json.loads(process.stdout.strip().splitlines()[-1])["rows"]

@@ -18,6 +18,7 @@ from typing import Any
 import peft
 import pytest
 import tiny_models
+from filelock import FileLock
 
 from fura_rl.adapter import FuraConfig
 
@@ -59,7 +60,9 @@ TWO_ADAPTER_CASES: list[tuple[str, str, type, dict[str, Any], dict[str, Any]]] =
 def load(name: str) -> ModuleType:
     """Imports PEFT's test module `name`, or skips the calling module if the sdist cannot be had."""
     if str(CACHE) not in sys.path:
-        unpack()
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with FileLock(CACHE / "unpack.lock"):  # every test process comes here
+            unpack()
         sys.path.insert(0, str(CACHE))
         pytest.register_assert_rewrite(PACKAGE)
         if importlib.util.find_spec("diffusers") is None:
@@ -76,7 +79,6 @@ def unpack() -> None:
     marker = CACHE / PACKAGE / f".version-{peft.__version__}"
     if marker.exists():
         return
-    CACHE.mkdir(parents=True, exist_ok=True)
     sdist = CACHE / f"peft-{peft.__version__}.tar.gz"
     if not sdist.exists():
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation"]

@@ -142,6 +142,6 @@ def test_without_network_the_remedy_is_named(tmp_path):
         "try: load_benchmark('aime25')\nexcept FuraError as error: print(error)"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600)
     assert "aime25 is not to be had from the hub (math-ai/aime25)" in done.stdout, done.stderr
     assert "put aime25.jsonl into a directory and name that with --data-dir" in done.stdout

@@ -166,7 +166,7 @@ def test_adapter_on_base_equals_the_merged_checkpoint_in_vllm(tiny_model, adapte
 def killed_half_way(process, out):
     """Kills an evaluation, without a chance to clean up, once some completions are written."""
     samples = out / "samples.jsonl"
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 1200
     while not (samples.exists() and samples.read_bytes().count(b"\n") >= 3):
         assert process.process.is_alive() and time.monotonic() < deadline, process.err.read_text()[-3000:]
         time.sleep(0.01)

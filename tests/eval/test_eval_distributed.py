@@ -23,7 +23,7 @@ from fura_rl.rewards import MathVerifier
 rank, world, group, model, data, fault = *map(int, sys.argv[1:4]), *sys.argv[4:7]
 torch.set_num_threads(1)
 store = dist.FileStore(sys.argv[7], world)
-dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=300))
 tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
 own = TransformersSampler(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), tokenizer, 2)
 drawn = []
@@ -64,7 +64,7 @@ def launch(tmp_path, tiny_model, sums_file):
         outputs = []
         try:
             for process in processes:
-                done = process.wait(180)
+                done = process.wait(600)
                 assert done.returncode == 0, done.stderr[-2000:]
                 lines = [line.split(" ", 1) for line in done.stdout.splitlines()]
                 outputs.append(dict(line for line in lines if line[0].isupper()))

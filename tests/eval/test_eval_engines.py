@@ -246,7 +246,7 @@ if __name__ == "__main__":
 """
     )
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
+    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=1200)
     assert run.returncode == 0, run.stderr[-3000:]
     (during, tokens), (after,) = [[int(word) for word in line.split()] for line in run.stdout.splitlines()[-2:]]
     assert during >= 1 and tokens >= 1

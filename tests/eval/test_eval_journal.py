@@ -203,7 +203,7 @@ journal.close()
 def test_a_write_that_fails_keeps_what_was_finished(tmp_path):
     """A file size limit makes the system refuse the write, as a full disk does."""
     done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, timeout=600, check=True
     )
     assert done.stdout.startswith(
         f"Cannot write to {tmp_path}: File too large. Completions that had finished are kept in"

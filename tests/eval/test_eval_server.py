@@ -154,7 +154,7 @@ def vllm_server(tiny_model):
     url = f"http://127.0.0.1:{port}"
     log = []
     threading.Thread(target=lambda: log.extend(process.stdout), daemon=True).start()
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 900
     while True:
         assert process.poll() is None and time.monotonic() < deadline, "".join(log[-30:])
         try:
@@ -164,7 +164,7 @@ def vllm_server(tiny_model):
             time.sleep(1)
     yield url
     process.terminate()
-    process.wait(60)
+    process.wait(600)
 
 
 @pytest.mark.vllm

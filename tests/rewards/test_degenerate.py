@@ -41,7 +41,7 @@ def test_a_degenerate_completion_is_graded_within_the_deadline(verifier: MathVer
     verifier.start()
     started = time.monotonic()
     grade = verifier.grade([KINDS[kind]], [answer])[0]
-    assert time.monotonic() - started < 1.2 * (4.0 + 0.1)  # the default deadline of a batch of one
+    assert time.monotonic() - started < 3 * (4.0 + 0.1)  # the default deadline of a batch of one
     assert grade.correct is not True
     if kind not in ENDLESS:
         assert grade.reason in ("wrong", "no_answer")

@@ -42,7 +42,7 @@ def test_grade_never_raises_and_keeps_its_deadline(verifier: MathVerifier, pairs
     verifier.start()
     started = time.monotonic()
     grades = verifier.grade(completions, [answer for _, answer in pairs])
-    assert time.monotonic() - started < 1.2 * (TIMEOUT + 0.1 * 2)
+    assert time.monotonic() - started < 3 * (TIMEOUT + 0.1 * 2)
     for grade in grades:
         assert (grade.correct is None) == (grade.reason in ("timeout", "error"))
         assert grade.correct is (True if grade.reason == "correct" else grade.correct)

@@ -140,7 +140,7 @@ def load(server, answers, sequences, swaps, change, clients=8):
                 return
             seen.append((response.headers[VERSION_HEADER], which, logprobs_of(response)))
 
-    status = httpx.get(f"{server.url}/fura/version").json()
+    status = httpx.get(f"{server.url}/fura/version", timeout=120).json()
     versions[status["version"]] = status["name"]
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(clients)]
     for thread in threads:

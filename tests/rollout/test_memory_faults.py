@@ -110,4 +110,4 @@ def test_where_even_the_old_weights_find_no_memory(server, client, sequences):
     assert server.complete(sequences[0]).status_code == 503
     with pytest.raises(FuraError, match=r"could not be undone: restart the server\.$"):
         client.off()
-    assert httpx.get(f"{server.url}/health").status_code == 200
+    assert httpx.get(f"{server.url}/health", timeout=120).status_code == 200

@@ -34,7 +34,7 @@ def test_a_training_run_whose_engine_is_spread_over_its_ranks(tmp_path, tiny_mod
     job = [str(Path(__file__).parent / "tensor_parallel_job.py"), str(recipe), str(tmp_path)]
     process = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *job],
-        capture_output=True, text=True, timeout=500,
+        capture_output=True, text=True, timeout=1500,
         env={**os.environ, **ENVIRONMENT, "HF_HUB_OFFLINE": "1"} | ({} if CUDA else {"ACCELERATE_USE_CPU": "true"}),
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-3000:]

@@ -93,7 +93,7 @@ def main() -> None:
     reference = policy(architecture, side)
     reference_losses = train(reference, slice(None), sgd(reference))
     dist.init_process_group(
-        "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=60)
+        "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=300)
     )
     model = forward = policy(architecture, side)
     gather = {}

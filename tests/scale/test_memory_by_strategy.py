@@ -73,7 +73,7 @@ def rank_of_two(rank, folder, model_path):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"DS_ACCELERATOR": "cpu"}
     store = dist.FileStore(f"{folder}/store", 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=600))
     with open(f"{folder}/{rank}", "w") as file:
         json.dump({kind: held(kind, model_path) for kind in KINDS}, file)
     dist.destroy_process_group()
@@ -88,7 +88,7 @@ def test_two_ranks_hold_what_is_planned(tmp_path, tiny_model):
         process.daemon = True
         process.start()
     for process in processes:
-        process.join(200)
+        process.join(900)
         assert process.exitcode == 0
     sizes = ModelSizes.of(str(tiny_model), AdapterArguments())
     no_gradients = replace(sizes, basis=0)

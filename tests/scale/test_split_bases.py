@@ -53,7 +53,7 @@ def loaded(model_path):
 def rank_of_two(rank, folder, function, arguments, environment):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), **environment}
     store = dist.FileStore(f"{folder}/store", 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=300))
     with open(f"{folder}/{rank}", "w") as file:
         json.dump(function(**arguments), file)
     dist.destroy_process_group()
@@ -70,7 +70,7 @@ def on_two_ranks(folder, function, arguments, **environment):
         process.daemon = True  # killed at the end of the tests, should it hang
         process.start()
     for process in processes:
-        process.join(100)
+        process.join(600)
         assert process.exitcode == 0
     return [json.loads((folder / f"{rank}").read_text()) for rank in range(2)]
 

@@ -40,8 +40,10 @@ class Browser:
 
     async def _connect(self, port: str) -> None:
         self._session = aiohttp.ClientSession()
-        async with self._session.get(f"http://127.0.0.1:{port}/json/list") as answer:
-            pages = [page for page in await answer.json() if page["type"] == "page"]
+        pages = []
+        while not pages:
+            async with self._session.get(f"http://127.0.0.1:{port}/json/list") as answer:
+                pages = [page for page in await answer.json() if page["type"] == "page"]
         self._socket = await self._session.ws_connect(pages[0]["webSocketDebuggerUrl"], max_msg_size=0)
 
     def call(self, method: str, until: str | None = None, **parameters):

@@ -98,13 +98,13 @@ def test_ctrl_c_of_a_sweep_ends_its_worker_with_a_checkpoint(sweep):
     process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     run = folder / "fura-seed=1"
     try:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 6000
         while not ((run / "metrics.jsonl").exists() and '"loss"' in (run / "metrics.jsonl").read_text()):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
         worker = process_of(run)
         process.send_signal(signal.SIGINT)  # the sweep's process only, as a scheduler does
-        process.wait(120)
+        process.wait(600)
         with pytest.raises(ProcessLookupError):
             os.kill(worker, 0)
     finally:
@@ -135,12 +135,12 @@ def test_a_run_that_asks_something_gets_no_answer(tmp_path):
     command = [sys.executable, "-m", "fura_rl.trainer.sweep_worker"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while os.readlink(f"/proc/{process.pid}/fd/0") != os.devnull:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
         process.stdin.close()
-        assert process.wait(60) == 0
+        assert process.wait(600) == 0
     finally:
         process.kill()
         process.wait()

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
@@ -14,6 +13,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from fura_rl.cli import app
+from fura_rl.trainer import watch
 from fura_rl.trainer.report_page import read_run
 from fura_rl.trainer.watch import BARS, ended, frame, seconds_left, sparkline
 
@@ -75,7 +75,7 @@ def test_once_prints_one_frame(run_dir):
     assert result.exit_code == 0 and "step 3 of 10" in result.output
 
 
-def test_it_follows_until_the_run_ends(run_dir):
+def test_it_follows_until_the_run_ends(run_dir, monkeypatch):
     """Into a pipe: a picture at the start, one for each step, one at the end."""
 
     def go_on():
@@ -83,10 +83,8 @@ def test_it_follows_until_the_run_ends(run_dir):
             file.write(json.dumps({"step": 4, "time": 120.0, "reward": 1.0}) + "\n")
         (run_dir / "summary.json").write_text('{"steps": 10}')
 
-    timer = threading.Timer(0.5, go_on)
-    timer.start()
+    monkeypatch.setattr(watch.time, "sleep", lambda seconds: go_on())  # after the first picture
     result = CliRunner().invoke(app, ["watch", str(run_dir), "--every", "0.1"])
-    timer.join()
     assert result.exit_code == 0
     assert "step 3 of 10" in result.output and "step 4 of 10" in result.output.split("finished")[0]
 
