@@ -242,6 +242,7 @@ class WorkerPool:
             if index not in fresh:
                 fresh[index] = self._begun
                 waiting.appendleft(index)
+                self._fill(len(self._workers) + 1)
             else:
                 replies[index] = {"error": "worker died"}
 

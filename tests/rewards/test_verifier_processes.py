@@ -81,10 +81,13 @@ def test_a_worker_killed_mid_batch_loses_no_answer() -> None:
         assert not set(victims) & set(verifier.worker_pids)
 
 
-def test_an_idle_worker_that_died_is_replaced() -> None:
-    with MathVerifier(workers=1, timeout=60) as verifier:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_idle_worker_that_died_is_replaced(workers: int) -> None:
+    with MathVerifier(workers=workers, timeout=60) as verifier:
         verifier.start()
-        os.kill(verifier.worker_pids[0], signal.SIGKILL)
+        victim = verifier.worker_pids[0]
+        os.kill(victim, signal.SIGKILL)
+        wait_until_gone([victim])
         assert verifier.grade([EASY[0]], [EASY[1]])[0].correct
 
 
