@@ -6,9 +6,9 @@ What a user would start as `python -m fura_rl.cli` or `python script.py` runs he
 import contextlib
 import faulthandler
 import importlib
-import itertools
 import multiprocessing
 import os
+import random
 import runpy
 import socket
 import subprocess
@@ -27,13 +27,14 @@ def forking():
     return context
 
 
-# Below those that systems give to whoever asks for any: nobody takes one before the process that it is meant for.
-_PORTS = itertools.count(10_000 + 2_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")))
-
-
 def free_port() -> int:
-    """A TCP port that nobody listens on, another one in each call."""
-    for port in _PORTS:
+    """A TCP port that nobody listens on.
+
+    It lies below those that Linux gives to whoever asks for any, so that nobody has taken it when the process that it
+    is meant for begins; and it is a random one, for several runs of the tests may share a machine.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
         with socket.socket() as found, contextlib.suppress(OSError):
             found.bind(("127.0.0.1", port))
             return port
