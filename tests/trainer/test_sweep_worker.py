@@ -98,7 +98,7 @@ def test_ctrl_c_of_a_sweep_ends_its_worker_with_a_checkpoint(sweep):
     process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     run = folder / "fura-seed=1"
     try:
-        deadline = time.monotonic() + 6000
+        deadline = time.monotonic() + 1200
         while not ((run / "metrics.jsonl").exists() and '"loss"' in (run / "metrics.jsonl").read_text()):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
