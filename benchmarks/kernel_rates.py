@@ -2,7 +2,8 @@ r"""Every kernel of the adapter alone: against torch, and against a copy of as m
 
     python benchmarks/kernel_rates.py [--groups GROUP ...] [--rows 16384] [--launches 25]
 
-- `transform`: `x + x D^T` forward; backward (`dx`, `dD` and the sum over shares), also with `x` as its two factors.
+- `transform`: `x + x D^T` forward; backward (`dx`, `dD` and the sum over shares), also with `x` as its two factors, and
+  from the gradient of `x = silu(gate) * up` to those of `gate` and `up` (torch: with the forward pass).
 - `shared`: the same for two or three layers that read one `x` (gate/up, q/k/v).
 - `delta`: the multipliers `D` of one and of three layers from their trained tensors, and the gradients of these.
 - `merge`: `W (I + D)` into an engine's storage.

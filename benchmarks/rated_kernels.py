@@ -10,7 +10,15 @@ from dataclasses import dataclass
 
 import torch
 
-from fura_rl.adapter import delta_kernels, four_bit_kernels, gathered, kernels, shared_kernels, transform
+from fura_rl.adapter import (
+    delta_kernels,
+    four_bit_kernels,
+    gathered,
+    gradient_kernels,
+    kernels,
+    shared_kernels,
+    transform,
+)
 from fura_rl.rollout import merge_kernel
 
 Results = torch.Tensor | Sequence[torch.Tensor]
@@ -51,8 +59,11 @@ def transform_cases(rows: int, device: str, n: int, b: int) -> list[Case]:
     y = plain()
 
     def factors() -> Results:
-        dx, shares = kernels.run_gradient_shares(g, x, delta, True, other=other)
+        dx, shares = gradient_kernels.run_gradient_shares(g, x, delta, True, other=other)
         return dx, shares.sum(0)
+
+    def backward() -> Results:
+        return gradient_kernels.run_gradient(g, x, delta, True)
 
     def plain_factors() -> Results:
         product = (x * other).requires_grad_()
@@ -62,12 +73,27 @@ def transform_cases(rows: int, device: str, n: int, b: int) -> list[Case]:
     def plain_backward() -> Results:
         return torch.autograd.grad(y, (leaf, leaf_delta), g, retain_graph=True)
 
+    def gated() -> Results:
+        d_gate, d_up, shares = gradient_kernels.run_gated_gradient_shares(g, x, other, delta)
+        return d_gate, d_up, shares.sum(0)
+
+    def plain_gated() -> Results:
+        gate, up = x.clone().requires_grad_(), other.clone().requires_grad_()
+        y = without_kernels(lambda: transform.block_transform(torch.nn.functional.silu(gate) * up, leaf_delta))
+        return torch.autograd.grad(y, (gate, up, leaf_delta), g)
+
     shape, unit, small = f"{n} x {b}", x.nbytes, delta.nbytes  # D is read in bf16, its gradient written in float32
     return [
         Case("forward", shape, 2 * unit + small, lambda: kernels.run_transform(x, delta), plain),
-        Case("backward", shape, 3 * unit + 3 * small, lambda: kernels.run_gradient(g, x, delta, True), plain_backward),
+        Case(
+            "backward",
+            shape,
+            3 * unit + 3 * small,
+            lambda: gradient_kernels.run_gradient(g, x, delta, True),
+            plain_backward,
+        ),
         Case("backward, of factors", shape, 4 * unit + 3 * small, factors, plain_factors),
-    ]
+    ] + [Case("backward, gated", shape, 5 * unit + 3 * small, gated, plain_gated)] * transform.can_gate(b)
 
 
 def shared_cases(rows: int, device: str, n: int, b: int, count: int) -> list[Case]:

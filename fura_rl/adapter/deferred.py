@@ -18,6 +18,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from . import transform
+from .product_input import gate_and_up, product_factors
 
 if TYPE_CHECKING:
     from .blocks import FuraBlocks
@@ -29,7 +30,8 @@ if transform.HAVE_KERNELS:
         from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
     from .delta_kernels import run_deltas
     from .four_bit_kernels import LARGEST_BLOCK, run_merged
-    from .kernels import run_gradient_shares
+    from .gated_operator import GatedMultiply
+    from .gradient_kernels import run_gradient_shares
     from .shared_kernels import run_shared_gradient_shares
     from .shared_operator import adapters_of, gradients_of
 
@@ -82,7 +84,9 @@ def defer(x: torch.Tensor, all_blocks: Sequence[FuraBlocks]) -> list[Deferred]:
     merged, flat = transform.flattened(all_blocks)
     with torch.no_grad():
         delta_cnbb = run_deltas(adapters_of(flat), merged, False, x.dtype)
-    factors = transform.product_factors(x) if len(all_blocks) == 1 else None
+    if len(all_blocks) == 1 and transform.can_gate(all_blocks[0].block_size) and (pair := gate_and_up(x)):
+        return [Deferred(GatedMultiply.apply(x.detach(), *pair, delta_cnbb[0], merged, *flat), delta_cnbb[0])]
+    factors = product_factors(x) if len(all_blocks) == 1 else None
     outputs = DeferredMultiply.apply(x, factors, delta_cnbb, merged, *flat)
     return [Deferred(y, delta) for y, delta in zip(outputs, delta_cnbb, strict=True)]
 

@@ -18,7 +18,10 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from .kernels import block_transform, padded, run_gradient_shares, run_transform
+from .block_operator import block_transform
+from .gradient_kernels import run_gradient_shares
+from .kernels import run_transform
+from .launches import padded
 from .triton_launch import Kernel
 
 TILE = 32

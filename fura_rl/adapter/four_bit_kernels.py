@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .kernels import Launch, padded
+from .launches import Launch, padded
 from .triton_dot import dot
 from .triton_launch import INTERPRETED, Kernel
 

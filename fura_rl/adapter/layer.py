@@ -23,6 +23,7 @@ from .blocks import FuraBlocks
 from .config import FuraConfig
 from .deferred import Deferred, can_defer, defer, multiplied_linear
 from .fingerprint import sample_entries
+from .product_input import forget, remember
 from .shared_input import SharedInput, only_blocks
 from .split_bases import set_basis
 
@@ -67,6 +68,7 @@ class FuraLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._snapshot: BaseSnapshot | None = None  # of the unmerged base layer, while adapters are merged
         self.shared_input: SharedInput | None = None  # of layers that read the same tensor, if there are any
+        self.is_gate_or_up = False  # of a gated MLP whose last projection is adapted too
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, block_rule=block_rule, head_dim=head_dim)
@@ -292,7 +294,13 @@ class FuraLayer(nn.Module, BaseTunerLayer):
                 y = self.base_layer(deferred.x, *args, **kwargs)
             else:
                 y = multiplied_linear(self.base_layer, deferred, *args, **kwargs)
-            return self._multiply_output(y, None)
+            y = self._multiply_output(y, None)
+            if not torch.compiler.is_compiling():
+                if self.is_gate_or_up:
+                    remember(y)
+                else:
+                    forget()
+            return y
         for name, rows in rows_of.items():
             x = x.index_copy(0, rows, self._multiply_input(x[rows], [name]))
         y = self.base_layer(x, *args, **kwargs)

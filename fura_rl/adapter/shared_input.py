@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from .blocks import FuraBlocks
     from .layer import FuraLayer
 
-SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("q", "k", "v"))
+GATED = ("gate_proj", "up_proj")  # what `down_proj` reads is made of their outputs
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), GATED, ("query", "key", "value"), ("q", "k", "v"))
 
 MISSES = 3  # passes in a row of whose outputs some were never fetched, after which a group is given up
 
@@ -209,5 +210,6 @@ def link_shared_inputs(model: nn.Module, layer_class: type[FuraLayer]) -> None:
                 shared = SharedInput(layers)
                 for layer in layers:
                     layer.shared_input = shared
+                    layer.is_gate_or_up = names == GATED and isinstance(parent._modules.get("down_proj"), layer_class)
                 hook = parent.register_forward_pre_hook(partial(_alias_input, names=names), with_kwargs=True)
                 weakref.finalize(shared, hook.remove)  # with the layers: an unloaded model has no hooks

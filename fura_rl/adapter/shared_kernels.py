@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .kernels import Launch, evenly_spaced, padded
+from .launches import Launch, evenly_spaced, padded
 from .triton_dot import dot
 from .triton_launch import INTERPRETED, Kernel
 

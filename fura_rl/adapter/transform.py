@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from .errors import AdapterError
+from .product_input import gate_and_up, product_factors
 
 CHOICES = ("auto", "triton", "torch")
 kernel_choice = os.environ.get("FURA_KERNELS", "auto")
@@ -26,7 +27,8 @@ if kernel_choice not in CHOICES:
 # Importing Triton takes a second, so only where it can be of use. "triton" on a CPU is for Triton's interpreter.
 HAVE_KERNELS = find_spec("triton") is not None and (torch.version.cuda is not None or kernel_choice == "triton")
 if HAVE_KERNELS:
-    from . import delta_kernels, kernels, shared_kernels, shared_operator
+    from . import delta_kernels, gated_operator, launches, shared_kernels, shared_operator
+    from .block_operator import block_transform as transform_operator
 
 
 def have_kernels(x: torch.Tensor) -> bool:
@@ -36,7 +38,7 @@ def have_kernels(x: torch.Tensor) -> bool:
 
 def use_kernels(x: torch.Tensor, block_size: int) -> bool:
     """Whether `x` is multiplied by blocks of this size through the kernels."""
-    return have_kernels(x) and kernels.supports(block_size, x.dtype, x.device)
+    return have_kernels(x) and launches.supports(block_size, x.dtype, x.device)
 
 
 def block_delta(
@@ -92,7 +94,7 @@ def block_transform(x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     """
     n, b, _ = delta.shape
     if use_kernels(x, b):
-        return kernels.block_transform(x, delta)
+        return transform_operator(x, delta)
     x_nTb = x.reshape(-1, n, b).transpose(0, 1)
     y_nTb = torch.baddbmm(x_nTb, x_nTb, delta.to(x.dtype).mT)
     # contiguous as a layer's input usually is: a matrix product over other strides may round differently
@@ -117,8 +119,16 @@ def block_multiply(
         transposed: of the output side, whose core and multiplier are the transposes of the input side's.
     """
     scale_nb = None if merged else scale_nb
+    adapter = basis_nbb, sigma_nb, core_nbb, scale_nb
+    if not transposed and core_nbb.requires_grad and can_gate(core_nbb.shape[1]) and (pair := gate_and_up(x)):
+        return gated_operator.GatedMultiply.apply(x.detach(), *pair, None, merged, *adapter)
     factors = product_factors(x)
     return delta_kernels.BlockMultiply.apply(x, factors, basis_nbb, sigma_nb, core_nbb, scale_nb, merged, transposed)
+
+
+def can_gate(block_size: int) -> bool:
+    """Whether the gradient of an input `silu(gate) * up` of blocks of this size can go on to `gate` and `up`."""
+    return block_size <= launches.LARGEST_GATED
 
 
 def can_share(x: torch.Tensor, block_size: int) -> bool:
@@ -138,33 +148,6 @@ def flattened(adapters: Sequence[Any]) -> tuple[bool, list[torch.Tensor | None]]
     """Whether the cores carry the singular values; basis, sigma, core and scale of each adapter, one after another."""
     merged = adapters[0].singular_values == "merged"
     return merged, [t for a in adapters for t in (a.basis, a.sigma, a.core, None if merged else a.scale)]
-
-
-def product_factors(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Two tensors whose product is `x`, if autograd keeps both for that product's own gradient; None otherwise.
-
-    The last projection of a gated MLP reads `act(gate) * up`. Both factors stay in memory until the backward pass, and
-    multiplying them again there costs less than keeping the widest activation of a layer. Nothing is assumed about the
-    model: autograd's record of how `x` was made says it. Not where hooks replace saved tensors (activation
-    checkpointing, offloading), now or when `x` was made: looking would compute or fetch them.
-    """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.grad_fn is None:
-        return None
-    node: Any = x.grad_fn
-    # of another version, `x` was changed in place since (or made so) and need not be the product that autograd knows
-    if node.name() != "MulBackward0" or x._version:
-        return None
-    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
-        return None
-    try:
-        if node._raw_saved_self.unpack_hook is not None or node._raw_saved_other.unpack_hook is not None:
-            return None
-        factors = node._saved_self, node._saved_other
-    except RuntimeError:  # freed by a backward pass, or changed in place
-        return None
-    if any(f is None or f.shape != x.shape or f.dtype != x.dtype or f.device != x.device for f in factors):
-        return None
-    return factors[0].detach(), factors[1].detach()
 
 
 def merge_input_side(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:

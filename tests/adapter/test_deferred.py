@@ -12,8 +12,10 @@ from kernel_cases import DTYPES, INTERPRETED, ROUNDING, kernels, no_cuda, relati
 from peft import get_peft_model
 from tiny_nets import fura_layers, perturb, tiny_llama, tokens
 from torch import nn
+from torch.nn.functional import silu
 
 from fura_rl.adapter import FuraConfig, FuraLayer, deferred
+from fura_rl.adapter.product_input import remember
 
 bnb = pytest.importorskip("bitsandbytes", reason="the extra 'quantized' is not installed")
 
@@ -100,15 +102,19 @@ def counting(monkeypatch):
 @kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", [{}, {"singular_values": "merged"}, {"singular_values": "frozen"}])
-@pytest.mark.parametrize("product", [False, True])
+@pytest.mark.parametrize("product", ["none", "factors", "gated"])
 def test_a_layer_and_its_gradients_against_float64(device, dtype, options, product, monkeypatch):
     monkeypatch.setattr(deferred, "FEWEST_ROWS", 0)
     calls = counting(monkeypatch)
     torch.manual_seed(0)
     layer = adapted(four_bit(nn.Linear(192, 40), device, dtype), 24, **options)
     factors = [torch.randn(3, 7, 192).to(device, dtype).requires_grad_() for _ in range(2)]
-    x = factors[0] * factors[1] if product else factors[0]
+    gate, up = factors[0] + 0.0, factors[1] + 0.0
+    remember(gate)
+    remember(up)
+    x = {"none": lambda: gate, "factors": lambda: gate * up, "gated": lambda: silu(gate) * up}[product]()
     y = layer(x)
+    assert (y.grad_fn.next_functions[0][0].name() == "GatedMultiplyBackward") == (product == "gated")
     dy = torch.randn(y.shape).to(device, dtype)
     trained = [p for p in layer.parameters() if p.requires_grad]
     found = torch.autograd.grad(y, [factors[0], *trained], dy)
@@ -121,7 +127,7 @@ def test_a_layer_and_its_gradients_against_float64(device, dtype, options, produ
         setattr(parent, name, getattr(parent, name).double())
     for p in blocks.parameters():
         p.data = p.data.double()
-    x64 = exact[0] * exact[1] if product else exact[0]
+    x64 = {"none": exact[0], "factors": exact[0] * exact[1], "gated": silu(exact[0]) * exact[1]}[product]
     expected = x64 @ (weight @ (torch.eye(192) + torch.block_diag(*blocks()))).T + layer.base_layer.bias.double().cpu()
     own = [p for p in blocks.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(expected, [exact[0], *own], dy.double().cpu())
@@ -194,7 +200,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(device, reentrant, monk
     again, others = step(model, device)
     assert len(calls) == (28 if reentrant else 26)  # torch leaves out what saves nothing at the end of a region
     assert again == loss
-    for name, gradient in gradients.items():  # without checkpointing `down_proj` keeps its input as two factors
+    for name, gradient in gradients.items():
         assert relative_error(others[name], gradient.double().cpu()) < ROUNDING[torch.bfloat16], name
 
 

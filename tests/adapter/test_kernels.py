@@ -47,7 +47,7 @@ def poisoned_memory():
 
 
 def check(x, g, delta):
-    from fura_rl.adapter.kernels import block_transform
+    from fura_rl.adapter.block_operator import block_transform
 
     x, delta = x.detach().requires_grad_(), delta.detach().requires_grad_()
     y = block_transform(x, delta)
@@ -81,7 +81,7 @@ def test_any_number_of_rows(device, rows):
 
 @kernels
 def test_no_rows(device):
-    from fura_rl.adapter.kernels import block_transform
+    from fura_rl.adapter.block_operator import block_transform
 
     x, g, delta = inputs(device, torch.float32, 2, 16, rows=0)
     x.requires_grad_(), delta.requires_grad_()
@@ -109,7 +109,7 @@ def test_non_contiguous_input_and_gradient(device, layout):
     if x.ndim == 2:
         check(x, g, delta)
     else:
-        from fura_rl.adapter.kernels import block_transform
+        from fura_rl.adapter.block_operator import block_transform
 
         y = block_transform(x, delta)
         assert (
@@ -141,7 +141,7 @@ def test_two_runs_give_the_same_bits(device):
 @kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_zero_delta_changes_nothing(device, dtype):
-    from fura_rl.adapter.kernels import block_transform
+    from fura_rl.adapter.block_operator import block_transform
 
     x, _, delta = inputs(device, dtype, 2, 48, rows=70)
     assert torch.equal(block_transform(x, torch.zeros_like(delta)), x)
@@ -149,7 +149,7 @@ def test_zero_delta_changes_nothing(device, dtype):
 
 @kernels
 def test_only_what_is_needed_is_computed_and_kept(device):
-    from fura_rl.adapter.kernels import block_transform
+    from fura_rl.adapter.block_operator import block_transform
 
     x, g, delta = inputs(device, torch.float32, 2, 16, rows=40)
     expected = reference(x, g, delta, x.dtype)
@@ -210,7 +210,8 @@ def test_delta_and_its_gradients(device, n, b, form, side):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_one_operator_is_its_parts(device, form, side, dtype):
     from fura_rl.adapter.delta_kernels import run_delta, run_delta_gradient
-    from fura_rl.adapter.kernels import run_gradient_shares, run_transform
+    from fura_rl.adapter.gradient_kernels import run_gradient_shares
+    from fura_rl.adapter.kernels import run_transform
 
     n, b, merged, transposed = 2, 24, form == "merged", side == "output"
     basis, sigma, core, scale = tensors = trained_tensors(device, n, b, form)
@@ -253,8 +254,8 @@ def test_delta_of_nothing_trained_is_exactly_zero(device):
 
 @kernels
 def test_operators_are_registered_as_pytorch_wants_them(device):
+    from fura_rl.adapter.block_operator import block_transform, block_transform_backward
     from fura_rl.adapter.delta_kernels import block_multiply, block_multiply_backward
-    from fura_rl.adapter.kernels import block_transform, block_transform_backward
 
     x, g, delta = inputs(device, torch.float32, 2, 16, rows=8)
     trained = delta.clone().requires_grad_()
@@ -319,7 +320,7 @@ def test_checkpointing_changes_no_gradient(adapted_model, monkeypatch):
     model.gradient_checkpointing_enable({"use_reentrant": False})
     checkpointed_loss, checkpointed = loss_and_gradients(model, "triton", monkeypatch)
     assert torch.equal(loss, checkpointed_loss)
-    for name, gradient in gradients.items():  # but for roundings of float32: checkpointing keeps inputs, not factors
+    for name, gradient in gradients.items():  # but for roundings of float32
         torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-5, atol=1e-7)
 
 
@@ -362,11 +363,11 @@ def test_gradients_of_the_torch_path(form):
 
 
 def test_torch_serves_what_the_kernels_do_not(monkeypatch):
-    from fura_rl.adapter import kernels
+    from fura_rl.adapter import launches
 
-    monkeypatch.setattr(transform, "kernels", kernels, raising=False)
+    monkeypatch.setattr(transform, "launches", launches, raising=False)
     monkeypatch.setattr(transform, "HAVE_KERNELS", True)
-    monkeypatch.setattr(kernels, "INTERPRETED", True)  # no device to ask
+    monkeypatch.setattr(launches, "INTERPRETED", True)  # no device to ask
     half, single, double = (torch.zeros(1, dtype=d) for d in (torch.bfloat16, torch.float32, torch.float64))
     monkeypatch.setattr(transform, "kernel_choice", "auto")
     assert not transform.use_kernels(half, 64)  # on a CPU

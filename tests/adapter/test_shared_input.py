@@ -55,7 +55,8 @@ def test_shared_input_against_float64(device, dtype, count, n, b, rows):
 @pytest.mark.parametrize(("n", "b"), [(2, 64), (3, 24), (1, 148)])
 def test_gradient_of_an_input_kept_as_its_two_factors(device, dtype, n, b):
     """As from the product itself; its rounding is the same, but a compiler may fuse it with what follows."""
-    from fura_rl.adapter.kernels import run_gradient_shares, supports
+    from fura_rl.adapter.gradient_kernels import run_gradient_shares
+    from fura_rl.adapter.launches import supports
 
     if not supports(b, dtype, torch.device(device)):
         pytest.skip("this dtype has no kernel for such blocks")
@@ -74,9 +75,10 @@ def test_gradient_of_an_input_kept_as_its_two_factors(device, dtype, n, b):
 
 @pytest.fixture
 def model(device):
-    """The interpreter takes 0.1 s for a launch: one layer, the head's projections left alone."""
+    """The interpreter takes 0.1 s for a launch: one layer, the head's projections left alone. Not gated by SiLU, whose
+    products are `test_gated.py`'s."""
     targets = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
-    return adapted_llama(target_modules=targets, layers=1).to(device).train()
+    return adapted_llama(target_modules=targets, layers=1, hidden_act="gelu").to(device).train()
 
 
 @pytest.fixture

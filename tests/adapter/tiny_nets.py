@@ -33,10 +33,11 @@ def perturb(model: nn.Module, size: float = 0.05, seed: int = 2) -> None:
                 parameter.add_(size * torch.randn(parameter.shape, generator=generator).to(parameter))
 
 
-def adapted_llama(dtype: torch.dtype = torch.float32, moved: bool = True, layers: int = 2, **options) -> PeftModel:
-    model = get_peft_model(
-        tiny_llama(dtype, num_hidden_layers=layers), FuraConfig(**{"target_modules": "all-linear", **options})
-    )
+def adapted_llama(
+    dtype: torch.dtype = torch.float32, moved: bool = True, layers: int = 2, hidden_act: str = "silu", **options
+) -> PeftModel:
+    base = tiny_llama(dtype, num_hidden_layers=layers, hidden_act=hidden_act)
+    model = get_peft_model(base, FuraConfig(**{"target_modules": "all-linear", **options}))
     if moved:
         perturb(model)
     return model.eval()
