@@ -55,7 +55,7 @@ def gate_and_up(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         return None
     if x._backward_hooks or x.retains_grad:
         return None
-    edges = x.grad_fn.next_functions  # type: ignore[union-attr]
+    edges: Any = x.grad_fn.next_functions  # type: ignore[union-attr]
     for (act, _), up_edge in (edges, edges[::-1]):
         if act is None or act.name() != "SiluBackward0":
             continue

@@ -14,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fura_rl.adapter.kernels import INTERPRETED, device_properties, padded
+from fura_rl.adapter.launches import device_properties, padded
 from fura_rl.adapter.triton_dot import dot
-from fura_rl.adapter.triton_launch import Kernel
+from fura_rl.adapter.triton_launch import INTERPRETED, Kernel
 
 LARGEST_BLOCK = 128  # two tiles of D have to fit into shared memory
 OUT_DTYPES = (torch.bfloat16, torch.float16)
