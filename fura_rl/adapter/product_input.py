@@ -50,7 +50,7 @@ def gate_and_up(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return None
-    outputs = getattr(_recent, "outputs", ())
+    outputs: tuple[_Output, ...] = getattr(_recent, "outputs", ())
     if len(outputs) < 2 or not _is_product(x):
         return None
     if x._backward_hooks or x.retains_grad:
