@@ -72,7 +72,7 @@ merged_kernel = Kernel(_merged_kernel)
 
 
 def launch_of(b: int) -> Launch:
-    return Launch(padded(b), rows=64, residents=4, warps=8 if b > 64 else 4, stages=1)
+    return Launch(padded(b), rows=64, residents=8 if b > 64 else 4, warps=4, stages=1)
 
 
 def absmax_of(state: Any) -> torch.Tensor:

@@ -131,7 +131,7 @@ def run_gated_gradient_shares(
     Blocks have one tile: `b <= LARGEST_GATED`.
     """
     d_gate, d_up = (torch.empty(gate.shape, dtype=g.dtype, device=g.device) for _ in range(2))
-    launch = launch or gated_launch(delta.shape[1], gate.dtype)
+    launch = launch or gated_launch(*delta.shape[:2], gate.dtype, gate.device)
     return d_gate, d_up, _run(g, gate, up, delta, d_gate, d_up, launch)
 
 

@@ -65,10 +65,16 @@ def gradient_launch(b: int, dtype: torch.dtype) -> Launch:
 LARGEST_GATED = 128
 
 
-@functools.cache
-def gated_launch(b: int, dtype: torch.dtype) -> Launch:
-    """Of the gradient that goes on to `gate` and `up`: three tensors are read and two written."""
-    return gradient_launch(b, dtype)
+def gated_launch(n: int, b: int, dtype: torch.dtype, device: torch.device) -> Launch:
+    """Of the gradient of `n` blocks that goes on to `gate` and `up`: three tensors are read and two written."""
+    tile = padded(b)
+    if dtype == torch.float32 or tile <= 32:
+        return gradient_launch(b, dtype)
+    if tile <= 64:
+        return Launch(tile, rows=32, residents=2, warps=4, stages=3)
+    # A multiprocessor holds one such program: blocks that do not all start at once are cut into many shares.
+    few = INTERPRETED or n <= device_properties(device.index).multi_processor_count
+    return Launch(tile, rows=64, residents=1 if few else 8, warps=16, stages=3)
 
 
 def supports(b: int, dtype: torch.dtype, device: torch.device) -> bool:
