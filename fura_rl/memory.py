@@ -14,6 +14,8 @@ from peft import get_peft_model
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
+from fura_rl.adapter import FuraLayer
+from fura_rl.adapter.product_input import can_gate
 from fura_rl.errors import FuraError
 from fura_rl.trainer.arguments import AdapterArguments
 from fura_rl.trainer.checks import check_target_modules
@@ -71,6 +73,7 @@ class ModelSizes:
         layers, hidden, intermediate, query, key_value, vocabulary: Shape of a Llama-like model (widths in features).
         head_norms: Whether queries and keys are normalised, as in Qwen3.
         matrices: (out, in) of each linear layer but the head: what bitsandbytes quantises.
+        gated: Whether FuRA's kernels hand the gradient of the MLP's product on to its two factors.
     """
 
     weights: int
@@ -84,6 +87,7 @@ class ModelSizes:
     vocabulary: int
     head_norms: bool
     matrices: tuple[tuple[int, int], ...] = ()
+    gated: bool = False
 
     @classmethod
     def of(cls, name: str, adapter: AdapterArguments, revision: str = "main") -> ModelSizes:
@@ -123,8 +127,18 @@ class ModelSizes:
             key_value=config.num_key_value_heads * head,
             vocabulary=config.vocab_size,
             head_norms=head_norms,
+            gated=config.hidden_act == "silu" and _is_gated(model),
             matrices=matrices,
         )
+
+
+def _is_gated(model: nn.Module) -> bool:
+    """Whether what the adapter's `down_proj` reads is made by layers of its own, and its blocks are not too large."""
+    layers = {key: module for key, module in model.named_modules() if isinstance(module, FuraLayer)}
+    down = [blocks for key, m in layers.items() if key.endswith("down_proj") for blocks in m.named_blocks(None)]
+    return any(layer.is_gate_or_up for layer in layers.values()) and all(
+        blocks.side == "input" and can_gate(blocks.block_size) for blocks in down
+    )
 
 
 def base_bytes(sizes: ModelSizes, dtype_bytes: int = 2, quantised_bits: int | None = None) -> int:
@@ -148,7 +162,8 @@ def saved_inputs(sizes: ModelSizes, method: str | None, rank: int = 32, quantise
     """Bytes of a token's inputs that a layer of a method saves, beyond what the frozen model saves (None: nothing).
 
     FuRA saves the input of `q/k/v` and of `gate/up`, full fine-tuning that of `down_proj` too, whose two factors serve
-    FuRA's kernels (blocks of at most 256, so not "svd"); that of `o_proj` is saved by attention. PEFT's LoRA casts the
+    FuRA's kernels (blocks of at most 256, so not "svd"); where it is `silu(gate) * up`, these two alone and no longer
+    `silu(gate)`. The input of `o_proj` is saved by attention. PEFT's LoRA casts the
     input in each of the seven projections and saves each copy, and r numbers more; its OFT turns each. On a quantised
     base, and under DeepSpeed, PEFT's LoRA does not cast. With ZeRO-3 DeepSpeed's linear layer saves what it is given,
     of frozen weights too: FuRA's seven transformed inputs.
@@ -163,7 +178,9 @@ def saved_inputs(sizes: ModelSizes, method: str | None, rank: int = 32, quantise
         return each + (2 * 7 * rank if method == "lora" else 0)
     if method == "full":
         return inputs
-    own = 2 * 2 * sizes.hidden if method == "fura" else inputs
+    own = inputs
+    if method == "fura":
+        own = 2 * 2 * sizes.hidden - (2 * sizes.intermediate if sizes.gated else 0)
     return own + (each if zero == 3 else 0)
 
 

@@ -128,10 +128,11 @@ def run_gated_gradient_shares(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of `gate` and `up` (*, n * b), and shares of `dD`, where the layer's input was `silu(gate) * up`.
 
-    Blocks have one tile: `b <= LARGEST_GATED`.
+    Blocks have one tile: see `can_gate`.
     """
     d_gate, d_up = (torch.empty(gate.shape, dtype=g.dtype, device=g.device) for _ in range(2))
-    launch = launch or gated_launch(*delta.shape[:2], gate.dtype, gate.device)
+    n, b, _ = delta.shape
+    launch = launch or gated_launch(n, b, gate.dtype, gate.device)
     return d_gate, d_up, _run(g, gate, up, delta, d_gate, d_up, launch)
 
 

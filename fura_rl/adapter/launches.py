@@ -62,9 +62,6 @@ def gradient_launch(b: int, dtype: torch.dtype) -> Launch:
     return Launch(FIRST, rows=64, residents=2, warps=8, stages=2)  # a sum over all of the block would spill
 
 
-LARGEST_GATED = 128
-
-
 def gated_launch(n: int, b: int, dtype: torch.dtype, device: torch.device) -> Launch:
     """Of the gradient of `n` blocks that goes on to `gate` and `up`: three tensors are read and two written."""
     tile = padded(b)

@@ -12,6 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+LARGEST_GATED = 128  # features of a block
+
+
+def can_gate(block_size: int) -> bool:
+    """Whether the gradient of an input `silu(gate) * up` of blocks of this size can go on to `gate` and `up`."""
+    return block_size <= LARGEST_GATED
+
 
 class _Output(NamedTuple):
     """What a layer has returned."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .errors import AdapterError
-from .product_input import gate_and_up, product_factors
+from .product_input import can_gate, gate_and_up, product_factors
 
 CHOICES = ("auto", "triton", "torch")
 kernel_choice = os.environ.get("FURA_KERNELS", "auto")
@@ -124,11 +124,6 @@ def block_multiply(
         return gated_operator.GatedMultiply.apply(x.detach(), *pair, None, merged, *adapter)
     factors = product_factors(x)
     return delta_kernels.BlockMultiply.apply(x, factors, basis_nbb, sigma_nb, core_nbb, scale_nb, merged, transposed)
-
-
-def can_gate(block_size: int) -> bool:
-    """Whether the gradient of an input `silu(gate) * up` of blocks of this size can go on to `gate` and `up`."""
-    return block_size <= launches.LARGEST_GATED
 
 
 def can_share(x: torch.Tensor, block_size: int) -> bool:

@@ -237,7 +237,7 @@ def test_models_that_do_without(device, case, pairs, monkeypatch):
     if case == "gate alone":
         targets = ["gate_proj", "down_proj"]
     if case == "large blocks":
-        monkeypatch.setattr("fura_rl.adapter.launches.LARGEST_GATED", 4)
+        monkeypatch.setattr("fura_rl.adapter.product_input.LARGEST_GATED", 4)
     side = "output" if case == "output side" else "input"
     model = adapted_llama(target_modules=targets, layers=1, side=side).to(device).train()
     down = model.base_model.model.model.layers[0].mlp.down_proj
