@@ -51,16 +51,16 @@ def gate_and_up(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     """`gate` and `up`, with their history, if `x` is `silu(gate) * up` of the two outputs remembered last; else None.
 
     What is computed from `x` can then hand its gradient on to them directly. Whether it is so is read from the edges of
-    autograd's graph, which are there under activation checkpointing too. A gradient that goes this way is not seen by
-    hooks on `silu(gate)`, and `torch.autograd.grad` of `x` itself finds none; where `x` has hooks or is to keep its
-    gradient, the answer is None.
+    autograd's graph, which are there under activation checkpointing too. `torch.autograd.grad` of `x` or of
+    `silu(gate)` finds no gradient that goes this way. Where either has hooks or is to keep its gradient the answer is
+    None, but that under checkpointing `silu(gate)` is out of sight.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return None
     outputs: tuple[_Output, ...] = getattr(_recent, "outputs", ())
     if len(outputs) < 2 or not _is_product(x):
         return None
-    if x._backward_hooks or x.retains_grad:
+    if any(t is not None and (t._backward_hooks or t.retains_grad) for t in (x, *(_saved_factors(x) or ()))):
         return None
     edges: Any = x.grad_fn.next_functions  # type: ignore[union-attr]
     for (act, _), up_edge in (edges, edges[::-1]):
@@ -92,20 +92,25 @@ def product_factors(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None
     """Two tensors whose product is `x`, if autograd keeps both for that product's own gradient; None otherwise.
 
     Both factors stay in memory until the backward pass, and multiplying them again there costs less than keeping the
-    widest activation of a layer. Not where hooks replace saved tensors (activation checkpointing, offloading), now or
-    when `x` was made: looking would compute or fetch them.
+    widest activation of a layer.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not _is_product(x):
         return None
+    factors = _saved_factors(x)
+    if factors is None or any(f is None or not _are_alike(f, x) for f in factors):
+        return None
+    return factors[0].detach(), factors[1].detach()
+
+
+def _saved_factors(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """What autograd keeps of the product `x`. None where hooks replace saved tensors (activation checkpointing,
+    offloading), now or when `x` was made: looking would compute or fetch them."""
     node: Any = x.grad_fn
     if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
         return None
     try:
         if node._raw_saved_self.unpack_hook is not None or node._raw_saved_other.unpack_hook is not None:
             return None
-        factors = node._saved_self, node._saved_other
+        return node._saved_self, node._saved_other
     except RuntimeError:  # freed by a backward pass, or changed in place
         return None
-    if any(f is None or not _are_alike(f, x) for f in factors):
-        return None
-    return factors[0].detach(), factors[1].detach()

@@ -184,6 +184,18 @@ def hooked(gate, up):
     return x
 
 
+def act_hooked(gate, up):
+    act = silu(gate)
+    act.register_hook(lambda g: g)
+    return act * up
+
+
+def act_retained(gate, up):
+    act = silu(gate)
+    act.retain_grad()
+    return act * up
+
+
 def retained(gate, up):
     x = silu(gate) * up
     x.retain_grad()
@@ -197,6 +209,8 @@ def retained(gate, up):
         gate_changed,
         hooked,
         retained,
+        act_hooked,
+        act_retained,
         lambda gate, up: gelu(gate) * up,
         lambda gate, up: silu(gate) + up,
         lambda gate, up: silu(gate) * gate,
