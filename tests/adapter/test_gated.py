@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 from kernel_cases import DTYPES, INTERPRETED, ROUNDING, inputs, kernels, relative_error, run_in_interpreter
-from tiny_nets import adapted_llama, tokens
+from tiny_nets import adapted_llama, loss_and_gradients, tokens
 from torch.nn.functional import gelu, silu
 from torch.utils.checkpoint import checkpoint
 
@@ -80,14 +80,6 @@ def pairs(monkeypatch):
 
     monkeypatch.setattr(transform, "gate_and_up", recorded)
     return seen
-
-
-def loss_and_gradients(model):
-    batch = tokens().to(next(model.parameters()).device)
-    model.zero_grad()
-    loss = model(input_ids=batch, labels=batch).loss
-    loss.backward()
-    return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
 
 
 @kernels

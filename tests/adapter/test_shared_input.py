@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from kernel_cases import DTYPES, INTERPRETED, ROUNDING, inputs, kernels, reference, relative_error, run_in_interpreter
-from tiny_nets import adapted_llama, tokens
+from tiny_nets import adapted_llama, loss_and_gradients, tokens
 from torch.utils.checkpoint import checkpoint
 
 from fura_rl.adapter import shared_input, transform
@@ -88,14 +88,6 @@ def passes(monkeypatch):
     shared = transform.shared_multiply
     monkeypatch.setattr(transform, "shared_multiply", lambda x, all_: seen.append(len(all_)) or shared(x, all_))
     return seen
-
-
-def loss_and_gradients(model):
-    batch = tokens().to(next(model.parameters()).device)
-    model.zero_grad()
-    loss = model(input_ids=batch, labels=batch).loss
-    loss.backward()
-    return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
 
 
 def assert_same(results, expected):

@@ -43,6 +43,15 @@ def adapted_llama(
     return model.eval()
 
 
+def loss_and_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    """ "loss", and the gradient of each parameter that has one, by its name."""
+    batch = tokens().to(next(model.parameters()).device)
+    model.zero_grad()
+    loss = model(input_ids=batch, labels=batch).loss
+    loss.backward()
+    return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
+
+
 def fura_layers(model: nn.Module) -> dict[str, FuraLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, FuraLayer)}
 
