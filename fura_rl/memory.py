@@ -162,8 +162,7 @@ def saved_inputs(sizes: ModelSizes, method: str | None, rank: int = 32, quantise
     """Bytes of a token's inputs that a layer of a method saves, beyond what the frozen model saves (None: nothing).
 
     FuRA saves the input of `q/k/v` and of `gate/up`, full fine-tuning that of `down_proj` too, whose two factors serve
-    FuRA's kernels (blocks of at most 256, so not "svd"); where it is `silu(gate) * up`, these two alone and no longer
-    `silu(gate)`. The input of `o_proj` is saved by attention. PEFT's LoRA casts the
+    FuRA's kernels (blocks of at most 256, so not "svd"); that of `o_proj` is saved by attention. PEFT's LoRA casts the
     input in each of the seven projections and saves each copy, and r numbers more; its OFT turns each. On a quantised
     base, and under DeepSpeed, PEFT's LoRA does not cast. With ZeRO-3 DeepSpeed's linear layer saves what it is given,
     of frozen weights too: FuRA's seven transformed inputs.
@@ -178,10 +177,14 @@ def saved_inputs(sizes: ModelSizes, method: str | None, rank: int = 32, quantise
         return each + (2 * 7 * rank if method == "lora" else 0)
     if method == "full":
         return inputs
-    own = inputs
-    if method == "fura":
-        own = 2 * 2 * sizes.hidden - (2 * sizes.intermediate if sizes.gated else 0)
+    own = 2 * 2 * sizes.hidden if method == "fura" else inputs
     return own + (each if zero == 3 else 0)
+
+
+def keeps_act(sizes: ModelSizes, method: str | None, zero: int = 0) -> bool:
+    """Whether a layer keeps `silu(gate)`. Not where FuRA hands the gradient of `silu(gate) * up` on to `gate` and `up`;
+    with ZeRO-3 DeepSpeed puts a function of its own before each layer, so that FuRA does not see that product."""
+    return not (sizes.gated and method == "fura") or zero == 3
 
 
 def layer_bytes(
@@ -190,7 +193,7 @@ def layer_bytes(
     """Bytes that a layer saves for each token: norms in float32, attention, the MLP, and the method's inputs."""
     norms = 4 * (2 * sizes.hidden + (sizes.query + sizes.key_value if sizes.head_norms else 0))
     attention = 2 * (2 * sizes.query + 2 * sizes.key_value)
-    mlp = 2 * 3 * sizes.intermediate
+    mlp = 2 * (3 if keeps_act(sizes, method, zero) else 2) * sizes.intermediate
     return norms + attention + mlp + saved_inputs(sizes, method, rank, quantised, zero)
 
 
