@@ -127,7 +127,7 @@ class ModelSizes:
             key_value=config.num_key_value_heads * head,
             vocabulary=config.vocab_size,
             head_norms=head_norms,
-            gated=config.hidden_act == "silu" and _is_gated(model),
+            gated=config.hidden_act in ("silu", "swish") and _is_gated(model),
             matrices=matrices,
         )
 
@@ -137,7 +137,7 @@ def _is_gated(model: nn.Module) -> bool:
     layers = {key: module for key, module in model.named_modules() if isinstance(module, FuraLayer)}
     down = [blocks for key, m in layers.items() if key.endswith("down_proj") for blocks in m.named_blocks(None)]
     return any(layer.is_gate_or_up for layer in layers.values()) and all(
-        blocks.side == "input" and can_gate(blocks.block_size) for blocks in down
+        blocks.is_plain and blocks.side == "input" and can_gate(blocks.block_size) for blocks in down
     )
 
 

@@ -123,6 +123,7 @@ def test_sizes_are_those_of_the_model(tiny_model):
         ({"block_size": "128"}, True),
         ({"block_size": "256"}, False),
         ({"side": "output"}, False),
+        ({"basis": "identity", "singular_values": "frozen"}, False),
         ({"target_modules": ["q_proj", "down_proj"]}, False),
         ({"target_modules": ["gate_proj", "up_proj"]}, False),
         ({"method": "lora"}, False),

@@ -50,8 +50,8 @@ def _gradient_kernel(
 ):
     """One share of `dD = g^T x` for one tile of one block; with WITH_DX (one tile a block) also `dx = g + g D`.
 
-    With PRODUCT the layer's input is `x * other`, with GATED `silu(x) * other`, computed and rounded here as it was in
-    the forward pass; with GATED the gradients written are those of `x` and `other`.
+    With PRODUCT the layer's input is `x * other`, with GATED `silu(x) * other`, computed again and rounded at the
+    same places as in the forward pass; with GATED the gradients written are those of `x` and `other`.
     """
     block = tl.program_id(0) % num_blocks
     tile = tl.program_id(0) // num_blocks

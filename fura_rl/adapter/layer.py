@@ -26,6 +26,7 @@ from .fingerprint import sample_entries
 from .product_input import forget, remember
 from .shared_input import SharedInput, only_blocks
 from .split_bases import set_basis
+from .transform import have_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -289,24 +290,34 @@ class FuraLayer(nn.Module, BaseTunerLayer):
         if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))  # the base layer would do it; so M acts on what W sees
         if rows_of is None:
-            deferred = self._multiply_or_defer(x, source)
-            if deferred.delta is None:
-                y = self.base_layer(deferred.x, *args, **kwargs)
-            else:
-                y = multiplied_linear(self.base_layer, deferred, *args, **kwargs)
-            y = self._multiply_output(y, None)
-            if not torch.compiler.is_compiling():
-                if self.is_gate_or_up:
+            if torch.compiler.is_compiling():
+                return self._adapted(x, source, *args, **kwargs)
+            if self.is_gate_or_up:
+                y = self._adapted(x, source, *args, **kwargs)
+                if have_kernels(y):
                     remember(y)
-                else:
-                    forget()
-            return y
+                return y
+            if self._forward_hooks:  # they are given the input too, and may ask for its gradient
+                forget()
+            try:
+                return self._adapted(x, source, *args, **kwargs)
+            finally:  # activation checkpointing ends a recomputation in the middle of a layer
+                forget()
         for name, rows in rows_of.items():
             x = x.index_copy(0, rows, self._multiply_input(x[rows], [name]))
         y = self.base_layer(x, *args, **kwargs)
         for name, rows in rows_of.items():
             y = y.index_copy(0, rows, self._multiply_output(y[rows], [name]))
         return y
+
+    def _adapted(self, x: torch.Tensor, source: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The layer with its active adapters; `source` is what it was called with, of which `x` may be a copy."""
+        deferred = self._multiply_or_defer(x, source)
+        if deferred.delta is None:
+            y = self.base_layer(deferred.x, *args, **kwargs)
+        else:
+            y = multiplied_linear(self.base_layer, deferred, *args, **kwargs)
+        return self._multiply_output(y, None)
 
     def _rows_of(self, adapter_names: list[str], x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Which rows of `x` each adapter of this layer takes."""

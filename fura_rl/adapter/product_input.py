@@ -25,6 +25,7 @@ class _Output(NamedTuple):
 
     get: Callable[[], torch.Tensor | None]
     version: int
+    saving: Any  # how tensors were saved when it was made
 
 
 _recent = threading.local()  # `outputs`: the last two that were remembered in this thread
@@ -38,8 +39,8 @@ def remember(y: torch.Tensor) -> None:
     """
     if y.grad_fn is None:
         return
-    held = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-    output = _Output((lambda: y) if held else weakref.ref(y), y._version)
+    saving = _saved_tensors_hooks()
+    output = _Output(weakref.ref(y) if saving is None else (lambda: y), y._version, saving)
     _recent.outputs = (*getattr(_recent, "outputs", ())[-1:], output)
 
 
@@ -51,16 +52,20 @@ def gate_and_up(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     """`gate` and `up`, with their history, if `x` is `silu(gate) * up` of the two outputs remembered last; else None.
 
     What is computed from `x` can then hand its gradient on to them directly. Whether it is so is read from the edges of
-    autograd's graph, which are there under activation checkpointing too. `torch.autograd.grad` of `x` or of
-    `silu(gate)` finds no gradient that goes this way. Where either has hooks or is to keep its gradient the answer is
-    None, but that under checkpointing `silu(gate)` is out of sight.
+    autograd's graph, which are there under activation checkpointing too. All three have to be of one region of it: of
+    another, they are not there when this one is computed again, which has to save as many tensors as before.
+
+    The gradients of `x` and of `silu(gate)` themselves are then not computed: `torch.autograd.grad` of one of them finds
+    none. If either has hooks, or is to keep its gradient, the answer is None. Out of sight are hooks that come later
+    or that are on a node of the graph and, under checkpointing, those of `silu(gate)` and whether that was changed.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return None
     outputs: tuple[_Output, ...] = getattr(_recent, "outputs", ())
     if len(outputs) < 2 or not _is_product(x):
         return None
-    if any(t is not None and (t._backward_hooks or t.retains_grad) for t in (x, *(_saved_factors(x) or ()))):
+    factors = [f for f in _saved_factors(x) or () if f is not None]
+    if any(t._backward_hooks or t.retains_grad for t in (x, *factors)) or any(f._version for f in factors):
         return None
     edges: Any = x.grad_fn.next_functions  # type: ignore[union-attr]
     for (act, _), up_edge in (edges, edges[::-1]):
@@ -81,7 +86,9 @@ def _is_product(x: torch.Tensor) -> bool:
 def _is_at(output: _Output, edge: tuple, x: torch.Tensor) -> bool:
     """Whether the output is what the edge leads to, unchanged, and like `x`."""
     y = output.get()
-    return y is not None and edge == (y.grad_fn, y.output_nr) and y._version == output.version and _are_alike(y, x)
+    if y is None or y._version != output.version or output.saving != _saved_tensors_hooks():
+        return False
+    return edge == (y.grad_fn, y.output_nr) and _are_alike(y, x)
 
 
 def _are_alike(y: torch.Tensor, x: torch.Tensor) -> bool:
@@ -106,7 +113,7 @@ def _saved_factors(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     """What autograd keeps of the product `x`. None where hooks replace saved tensors (activation checkpointing,
     offloading), now or when `x` was made: looking would compute or fetch them."""
     node: Any = x.grad_fn
-    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+    if _saved_tensors_hooks() is not None:
         return None
     try:
         if node._raw_saved_self.unpack_hook is not None or node._raw_saved_other.unpack_hook is not None:
@@ -114,3 +121,8 @@ def _saved_factors(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         return node._saved_self, node._saved_other
     except RuntimeError:  # freed by a backward pass, or changed in place
         return None
+
+
+def _saved_tensors_hooks() -> Any:
+    """What packs tensors that a graph saves now: another pair in each region of activation checkpointing, or None."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)

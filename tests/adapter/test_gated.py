@@ -4,6 +4,7 @@ Runs in Triton's interpreter on a CPU, as `test_kernels.py` does.
 """
 
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def test_gated_in_the_interpreter():
 @pytest.mark.parametrize("rows", [0, 1, 109])
 def test_gradients_against_float64(device, dtype, n, b, rows):
     from fura_rl.adapter.gradient_kernels import run_gated_gradient_shares
-    from fura_rl.adapter.launches import supports
+    from fura_rl.adapter.launches import gated_launch, supports
 
     if not supports(b, dtype, torch.device(device)):
         pytest.skip("this dtype has no kernel for such blocks")
@@ -38,10 +39,12 @@ def test_gradients_against_float64(device, dtype, n, b, rows):
     exact = [tensor.detach().double().cpu().requires_grad_() for tensor in (gate, up, delta)]
     x = silu(exact[0]) * exact[1]
     expected = torch.autograd.grad(x + x @ torch.block_diag(*exact[2]).T, exact, g.double().cpu())
-    for given in (up, wide[:, : n * b]):
+    launch = gated_launch(n, b, dtype, torch.device(device))
+    many = replace(launch, residents=8, rows=16)  # shares
+    for given, how in ((up, None), (wide[:, : n * b], None), (up, many)):
         torch.use_deterministic_algorithms(True)  # new tensors are full of NaN
         try:
-            d_gate, d_up, shares = run_gated_gradient_shares(g, gate, given, delta)
+            d_gate, d_up, shares = run_gated_gradient_shares(g, gate, given, delta, how)
         finally:
             torch.use_deterministic_algorithms(False)
         assert d_gate.dtype == d_up.dtype == dtype
@@ -170,6 +173,13 @@ def gate_changed(gate, up):
     return x
 
 
+def act_changed(gate, up):
+    act = silu(gate)
+    with torch.no_grad():
+        act[:, ::2] = 0.0
+    return act * up
+
+
 def hooked(gate, up):
     x = silu(gate) * up
     x.register_hook(lambda g: g)
@@ -199,6 +209,7 @@ def retained(gate, up):
     [
         changed,
         gate_changed,
+        act_changed,
         hooked,
         retained,
         act_hooked,
@@ -262,6 +273,55 @@ def test_models_that_do_without(device, case, pairs, monkeypatch):
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
 
 
+def region(function, *args):
+    return checkpoint(function, *args, use_reentrant=False)
+
+
+REGIONS = {
+    "none": lambda mlp, x: mlp(x),
+    "mlp": lambda mlp, x: region(mlp, x),
+    "mlp in another": lambda mlp, x: region(lambda x: region(mlp, x), x),
+    "down": lambda mlp, x: region(mlp.down_proj, mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)),
+    "act and down": lambda mlp, x: region(
+        lambda gate, up: mlp.down_proj(mlp.act_fn(gate) * up), mlp.gate_proj(x), mlp.up_proj(x)
+    ),
+    "gate": lambda mlp, x: mlp.down_proj(mlp.act_fn(region(mlp.gate_proj, x)) * mlp.up_proj(x)),
+    "up in the mlp's": lambda mlp, x: region(
+        lambda x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * region(mlp.up_proj, x)), x
+    ),
+    "each": lambda mlp, x: region(
+        mlp.down_proj, region(mlp.act_fn, region(mlp.gate_proj, x)) * region(mlp.up_proj, x)
+    ),
+}
+
+
+@kernels
+@pytest.mark.parametrize("name", REGIONS)
+def test_regions_of_checkpointing(device, model, pairs, name, monkeypatch):
+    """A region that begins between `gate` and `down_proj` saves as many tensors when it is computed again."""
+    mlp = model.base_model.model.model.layers[0].mlp
+    x = torch.randn(3, 32, device=device, requires_grad=True)
+    trained = [x, *(p for p in mlp.parameters() if p.requires_grad)]
+    found = torch.autograd.grad(REGIONS[name](mlp, x).square().sum(), trained)
+    assert any(pair is not None for pair in pairs) == (name in ("none", "mlp", "mlp in another"))
+    monkeypatch.setattr(transform, "kernel_choice", "torch")
+    for value, expected in zip(found, torch.autograd.grad(mlp(x).square().sum(), trained), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+
+
+@kernels
+def test_a_hook_on_the_layer_finds_the_gradient_of_its_input(device, model, pairs, monkeypatch):
+    """Forward hooks are given the input after the search."""
+    mlp = model.base_model.model.model.layers[0].mlp
+    x, kept = torch.randn(3, 32, device=device), []
+    mlp.down_proj.register_forward_hook(lambda module, args, out: (args[0].retain_grad(), kept.append(args[0]))[0])
+    mlp(x).square().sum().backward()
+    assert pairs == [None]
+    monkeypatch.setattr(transform, "kernel_choice", "torch")
+    mlp(x).square().sum().backward()
+    torch.testing.assert_close(kept[0].grad, kept[1].grad, rtol=1e-4, atol=1e-5)
+
+
 @kernels
 def test_gate_and_up_that_do_not_share_their_input(device, pairs, monkeypatch):
     """Blocks over 64 are multiplied layer by layer; a search of theirs, on the product of a norm, drops nothing."""
@@ -288,6 +348,27 @@ def test_nothing_is_held_after_a_pass(device, model):
     with pytest.raises(ZeroDivisionError):
         mlp(x)
     assert outputs[3]() is None
+
+
+@kernels
+@pytest.mark.parametrize("case", ["gated", "large blocks", "output side", "frozen", "torch"])
+def test_nothing_is_held_after_a_recomputation(device, case, monkeypatch):
+    """Which ends, with an exception, in the middle of `down_proj`, and on a CUDA device in a thread of its own."""
+    side = "output" if case == "output side" else "input"
+    model = adapted_llama(target_modules=["gate_proj", "up_proj", "down_proj"], side=side).to(device).train()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    if case == "large blocks":
+        monkeypatch.setattr("fura_rl.adapter.product_input.LARGEST_GATED", 4)
+    if case == "torch":
+        monkeypatch.setattr(transform, "kernel_choice", "torch")
+    outputs = []
+    for layer in model.base_model.model.model.layers:
+        if case == "frozen":
+            layer.mlp.down_proj.fura_blocks["default"].requires_grad_(False)
+        layer.mlp.gate_proj.register_forward_hook(lambda module, args, out: outputs.append(weakref.ref(out)))
+    loss_and_gradients(model)
+    assert [output() for output in outputs] == [None] * 4
 
 
 def test_a_failed_region_of_checkpointing_is_held_until_the_next_pass():
