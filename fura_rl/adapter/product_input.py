@@ -55,9 +55,9 @@ def gate_and_up(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     autograd's graph, which are there under activation checkpointing too. All three have to be of one region of it: of
     another, they are not there when this one is computed again, which has to save as many tensors as before.
 
-    The gradients of `x` and of `silu(gate)` themselves are then not computed: `torch.autograd.grad` of one of them finds
-    none. If either has hooks, or is to keep its gradient, the answer is None. Out of sight are hooks that come later
-    or that are on a node of the graph and, under checkpointing, those of `silu(gate)` and whether that was changed.
+    The gradients of `x` and of `silu(gate)` themselves are then not computed: `torch.autograd.grad` of one finds none.
+    If either has hooks, or is to keep its gradient, the answer is None. Out of sight are hooks that come later or that
+    are on a node of the graph and, under checkpointing, those of `silu(gate)` and whether that was changed.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return None
