@@ -289,9 +289,7 @@ REGIONS = {
     "up in the mlp's": lambda mlp, x: region(
         lambda x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * region(mlp.up_proj, x)), x
     ),
-    "each": lambda mlp, x: region(
-        mlp.down_proj, region(mlp.act_fn, region(mlp.gate_proj, x)) * region(mlp.up_proj, x)
-    ),
+    "each": lambda mlp, x: region(mlp.down_proj, region(mlp.act_fn, region(mlp.gate_proj, x)) * region(mlp.up_proj, x)),
 }
 
 
