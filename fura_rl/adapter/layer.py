@@ -316,7 +316,7 @@ class FuraLayer(nn.Module, BaseTunerLayer):
         if deferred.delta is None:
             y = self.base_layer(deferred.x, *args, **kwargs)
         else:
-            y = multiplied_linear(self.base_layer, deferred, *args, **kwargs)
+            y = multiplied_linear(self.base_layer, deferred)
         return self._multiply_output(y, None)
 
     def _rows_of(self, adapter_names: list[str], x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -337,10 +337,9 @@ class FuraLayer(nn.Module, BaseTunerLayer):
         """`M x`, or `x` and the `M` that the base layer multiplies its weight by."""
         if self.shared_input is not None and (shared := self.shared_input.multiply(self, x, source)) is not None:
             return shared
-        if self.quantization_backend is not None:
-            blocks = only_blocks(self)
-            if blocks is not None and can_defer(self.base_layer, x, blocks):
-                return defer(x, [blocks])[0]
+        blocks = only_blocks(self)
+        if blocks is not None and can_defer([self.base_layer], x, [blocks]):
+            return defer(x, [blocks])[0]
         return Deferred(self._multiply_input(x, None))
 
     def _multiply_input(self, x: torch.Tensor, names: list[str] | None) -> torch.Tensor:

@@ -95,7 +95,7 @@ class SharedInput:
             if self._misses >= MISSES:
                 self._layers = []
                 return None
-        if all(can_defer(one.base_layer, x, blocks) for one, blocks in zip(layers, all_blocks, strict=True)):
+        if can_defer([one.base_layer for one in layers], x, all_blocks):
             multiplied = defer(x, all_blocks)
         else:
             multiplied = [Deferred(y) for y in transform.shared_multiply(x, all_blocks)]

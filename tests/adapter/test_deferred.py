@@ -1,10 +1,9 @@
-"""Layers on a 4-bit base that multiply their weight: the kernel and layers against float64, models against themselves.
+"""Layers that multiply their weight: the 4-bit kernel and layers against float64, models against themselves.
 
 Runs in Triton's interpreter on a CPU, as `test_kernels.py` does.
 """
 
 import copy
-import math
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from fura_rl.adapter import FuraConfig, FuraLayer, deferred
 from fura_rl.adapter.product_input import remember
 
 bnb = pytest.importorskip("bitsandbytes", reason="the extra 'quantized' is not installed")
+STORED = ["plain", "4 bit"]
 
 
 @pytest.mark.slow
@@ -43,8 +43,16 @@ def four_bit(linear, device, dtype=torch.bfloat16, nested=True, quant_type="nf4"
     return layer
 
 
+def stored_as(stored, linear, device, dtype=torch.bfloat16):
+    if stored == "4 bit":
+        return four_bit(linear, device, dtype)
+    return linear.to(device, dtype).requires_grad_(False)
+
+
 def exact_weight(base):
-    """What the codes stand for, in float64. (On a CPU bitsandbytes errs where rows are no multiple of 64.)"""
+    """What is stored, in float64. (On a CPU bitsandbytes errs where rows are no multiple of 64.)"""
+    if isinstance(base, nn.Linear) and base.weight.is_floating_point():
+        return base.weight.double().cpu()
     state = copy.copy(base.weight.quant_state)
     state.dtype = torch.float32
     return bnb.functional.dequantize_4bit(base.weight, state).double().cpu()
@@ -94,20 +102,26 @@ def adapted(base, b, **options):
 
 def counting(monkeypatch):
     calls = []
-    run = deferred.run_merged
-    monkeypatch.setattr(deferred, "run_merged", lambda *args: calls.append(1) or run(*args))
+    for name in ("run_merged", "run_transform"):
+        run = getattr(deferred, name)
+        monkeypatch.setattr(deferred, name, lambda *args, run=run: calls.append(1) or run(*args))
     return calls
+
+
+@pytest.fixture
+def always(monkeypatch):
+    monkeypatch.setattr(deferred, "pays", lambda rows, bases: True)
 
 
 @kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", [{}, {"singular_values": "merged"}, {"singular_values": "frozen"}])
 @pytest.mark.parametrize("product", ["none", "factors", "gated"])
-def test_a_layer_and_its_gradients_against_float64(device, dtype, options, product, monkeypatch):
-    monkeypatch.setattr(deferred, "FEWEST_ROWS", 0)
+@pytest.mark.parametrize("stored", STORED)
+def test_a_layer_and_its_gradients_against_float64(device, dtype, options, product, stored, always, monkeypatch):
     calls = counting(monkeypatch)
     torch.manual_seed(0)
-    layer = adapted(four_bit(nn.Linear(192, 40), device, dtype), 24, **options)
+    layer = adapted(stored_as(stored, nn.Linear(192, 40), device, dtype), 24, **options)
     factors = [torch.randn(3, 7, 192).to(device, dtype).requires_grad_() for _ in range(2)]
     gate, up = factors[0] + 0.0, factors[1] + 0.0
     remember(gate)
@@ -135,12 +149,12 @@ def test_a_layer_and_its_gradients_against_float64(device, dtype, options, produ
         assert relative_error(mine, reference) < 2.5 * ROUNDING[dtype]  # of the weight, the product, and each gradient
 
 
-def quantised_llama(device, **options):
+def adapted_llama(device, stored="4 bit", **options):
     model = tiny_llama(torch.bfloat16, hidden_size=64, intermediate_size=128, max_position_embeddings=128)
     for parent in list(model.model.layers.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
-                setattr(parent, name, four_bit(child.float(), device))
+                setattr(parent, name, stored_as(stored, child.float(), device))
     model = get_peft_model(model.to(device), FuraConfig(target_modules="all-linear", **options))
     perturb(model)
     return model
@@ -155,14 +169,15 @@ def step(model, device):
 
 
 @kernels
-def test_a_model_is_as_close_to_float32_as_with_multiplied_inputs(device, monkeypatch):
+@pytest.mark.parametrize("stored", STORED)
+def test_a_model_is_as_close_to_float32_as_with_multiplied_inputs(device, stored, monkeypatch):
     """All layers of a Llama, q/k/v and gate/up sharing their input, with the loss and each gradient."""
-    model = quantised_llama(device)
-    monkeypatch.setattr(deferred, "FEWEST_ROWS", math.inf)
+    model = adapted_llama(device, stored)
+    monkeypatch.setattr(deferred, "pays", lambda rows, bases: False)
     calls = counting(monkeypatch)
     loss, gradients = step(model, device)
     assert not calls
-    monkeypatch.setattr(deferred, "FEWEST_ROWS", 0)
+    monkeypatch.setattr(deferred, "pays", lambda rows, bases: True)
     deferred_loss, deferred_gradients = step(model, device)
     assert len(calls) == 14
     exact = copy.deepcopy(model).float()
@@ -178,10 +193,10 @@ def test_a_model_is_as_close_to_float32_as_with_multiplied_inputs(device, monkey
 
 
 @kernels
-def test_a_projection_called_after_a_backward_pass_has_gradients(device, monkeypatch):
+@pytest.mark.parametrize("stored", STORED)
+def test_a_projection_called_after_a_backward_pass_has_gradients(device, stored, always):
     """What `q_proj` left for it hangs on a graph that is gone."""
-    monkeypatch.setattr(deferred, "FEWEST_ROWS", 0)
-    attention = quantised_llama(device).base_model.model.model.layers[0].self_attn
+    attention = adapted_llama(device, stored).base_model.model.model.layers[0].self_attn
     x = torch.randn(3, 64, device=device, dtype=torch.bfloat16).requires_grad_()
     for layer in (attention.q_proj, attention.k_proj):
         layer(x).sum().backward()
@@ -190,25 +205,26 @@ def test_a_projection_called_after_a_backward_pass_has_gradients(device, monkeyp
 
 @kernels
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_gives_the_same_gradients(device, reentrant, monkeypatch):
-    monkeypatch.setattr(deferred, "FEWEST_ROWS", 0)
-    model = quantised_llama(device).train()
+@pytest.mark.parametrize("stored", STORED)
+def test_gradient_checkpointing_gives_the_same_gradients(device, reentrant, stored, always, monkeypatch):
+    model = adapted_llama(device, stored).train()
     loss, gradients = step(model, device)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
     calls = counting(monkeypatch)
     again, others = step(model, device)
-    assert len(calls) == (28 if reentrant else 26)  # torch leaves out what saves nothing at the end of a region
+    # torch leaves out what saves nothing at the end of a region: a 4-bit layer's product
+    assert len(calls) == (28 if reentrant or stored == "plain" else 26)
     assert again == loss
     for name, gradient in gradients.items():
         assert relative_error(others[name], gradient.double().cpu()) < ROUNDING[torch.bfloat16], name
 
 
 @kernels
-def test_without_gradients_and_with_a_frozen_adapter(device, monkeypatch):
-    monkeypatch.setattr(deferred, "FEWEST_ROWS", 0)
+@pytest.mark.parametrize("stored", STORED)
+def test_without_gradients_and_with_a_frozen_adapter(device, stored, always, monkeypatch):
     calls = counting(monkeypatch)
-    layer = adapted(four_bit(nn.Linear(192, 40), device), 24)
+    layer = adapted(stored_as(stored, nn.Linear(192, 40), device), 24)
     x = torch.randn(5, 192, device=device, dtype=torch.bfloat16)
     with torch.no_grad():
         y = layer(x)
@@ -222,18 +238,25 @@ def test_without_gradients_and_with_a_frozen_adapter(device, monkeypatch):
 
 @kernels
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_where_the_input_is_multiplied(device, dtype, monkeypatch):
+@pytest.mark.parametrize("stored", STORED)
+def test_where_the_input_is_multiplied(device, dtype, stored, monkeypatch):
     """Few rows, another dtype than the layer computes in, hooks on the base layer, merged and disabled adapters."""
     calls = counting(monkeypatch)
-    base = four_bit(nn.Linear(64, 40), device)
+    base = stored_as(stored, nn.Linear(64, 40), device)
     layer = adapted(base, 16)
-    x = torch.randn(deferred.FEWEST_ROWS - 1, 64, device=device, dtype=dtype)
-    layer(x)
-    assert not calls
-    monkeypatch.setattr(deferred, "FEWEST_ROWS", 0)
-    layer(x)
-    assert len(calls) == (dtype == torch.bfloat16)
+    fewest = 2048 if stored == "4 bit" else 41
+    x = torch.randn(fewest, 64, device=device, dtype=dtype)
+    if dtype == base.bias.dtype or stored == "4 bit":
+        layer(x[:-1])
+        assert not calls
+        layer(x)
+        assert len(calls) == (dtype == torch.bfloat16)
+        calls.clear()
+    with torch.autocast(device, torch.bfloat16):
+        layer(x)  # the layer sees a copy
+    assert len(calls) == 1
     calls.clear()
+    x = x.to(base.bias.dtype)
     seen = []
     for register in ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_pre_hook"):
         hook = getattr(base, register)(lambda *_: seen.append(1))
@@ -255,9 +278,46 @@ def test_where_the_input_is_multiplied(device, dtype, monkeypatch):
 
 
 @kernels
-def test_a_parameter_that_lost_its_state(device, monkeypatch):
+@pytest.mark.parametrize("case", ["trained weight", "trained bias", "float32", "subclass", "ZeRO-3"])
+def test_a_plain_layer_that_is_another_one(device, case, always, monkeypatch):
+    class Other(nn.Linear):
+        pass
+
+    calls = counting(monkeypatch)
+    dtype = torch.float32 if case == "float32" else torch.bfloat16
+    base = (Other if case == "subclass" else nn.Linear)(64, 40, device=device, dtype=dtype).requires_grad_(False)
+    layer = adapted(base, 16)
+    if case == "trained weight":
+        base.weight.requires_grad_()
+    if case == "trained bias":
+        base.bias.requires_grad_()
+    if case == "ZeRO-3":
+        base.weight.ds_id = 0
+    layer(torch.randn(5, 64, device=device, dtype=dtype)).float().sum().backward()
+    assert not calls
+    for parameter in base.parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad
+
+
+def test_what_is_less_work():
+    q, k, v = nn.Linear(64, 64), nn.Linear(64, 32), nn.Linear(64, 32)
+    assert deferred.pays(65, [q, k, v]) and not deferred.pays(64, [q, k, v])  # 2 * 128 against 4 * rows
+    assert deferred.pays(65, [q]) and not deferred.pays(64, [q])
+    assert deferred.pays(86, [q, q]) and not deferred.pays(85, [q, q])
+
+
+@kernels
+def test_a_base_weight_that_changes_before_the_gradient_is_an_error(device, always):
+    base = stored_as("plain", nn.Linear(64, 40), device)
+    y = adapted(base, 16)(torch.randn(5, 64, device=device, dtype=torch.bfloat16))
+    base.weight.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@kernels
+def test_a_parameter_that_lost_its_state(device, always, monkeypatch):
     """FSDP makes such ones. Each call takes the same way, or checkpointing would find other tensors than it saved."""
-    monkeypatch.setattr(deferred, "FEWEST_ROWS", 0)
     calls = counting(monkeypatch)
     base = four_bit(nn.Linear(64, 40), device)
     layer = adapted(base, 16)
@@ -277,6 +337,18 @@ def test_an_adapter_at_its_start_is_the_quantised_layer_bit_for_bit(nested, dtyp
     calls = counting(monkeypatch)
     torch.manual_seed(0)
     base = four_bit(nn.Linear(512, 384), "cuda", dtype, nested)
+    layer = FuraLayer(base, "default", FuraConfig(block_size=64))
+    x = torch.randn(4096, 512, device="cuda", dtype=dtype)
+    assert torch.equal(layer(x), base(x))
+    assert len(calls) == 1
+
+
+@pytest.mark.gpu
+@no_cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_adapter_at_its_start_is_the_plain_layer_bit_for_bit(dtype, monkeypatch):
+    calls = counting(monkeypatch)
+    base = stored_as("plain", nn.Linear(512, 384), "cuda", dtype)
     layer = FuraLayer(base, "default", FuraConfig(block_size=64))
     x = torch.randn(4096, 512, device="cuda", dtype=dtype)
     assert torch.equal(layer(x), base(x))
