@@ -72,6 +72,7 @@ METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "published": published,
     "fura": with_adapter(FuraConfig()),
     "fura_aligned": with_adapter(FuraConfig(block_size="aligned")),
+    "fura_inputs": with_adapter(FuraConfig()),
     "fura_torch": with_adapter(FuraConfig()),
 }
 OWN_WEIGHTS = {"full", "published"}  # these do without the shared frozen weights

@@ -11,7 +11,8 @@ tokens in sequences of `--sequence`. All seven projections of a layer are adapte
 - `full`: all weights trained in bf16, optimiser state too. The other trained tensors are float32, as PEFT makes them.
 - `published`: `W = L S R` by blocks with `L` stored in place of `W`, `S` folded into `L` in each forward, `R` and `S`
   trained in bf16: the paper's code, written out here.
-- `fura`: this project with its kernels; `fura_aligned`: with blocks of powers of two; `fura_torch`: without kernels.
+- `fura`: this project with its kernels; `fura_aligned`: with blocks of powers of two; `fura_inputs`: no layer
+  multiplies its weight instead of its input; `fura_torch`: without kernels.
 
 With `--fsdp` or `--zero` every method has weights of its own: take fewer layers. Under ZeRO there is no autocast, as in
 accelerate: what is trained is bf16 with float32 copies (FuRA stays in float32). DeepSpeed needs something to train: the
@@ -43,7 +44,7 @@ from step_sharding import decoder_layers, shard, zero_engine
 from torch import nn
 from transformers import Qwen3Config, Qwen3Model
 
-from fura_rl.adapter import transform
+from fura_rl.adapter import deferred, transform
 
 
 @dataclass
@@ -144,6 +145,7 @@ class Bench:
     def visit(self, row: Row, steps: int) -> None:
         """One step of warm-up, then timed ones; the first visit also settles the optimiser's state."""
         transform.kernel_choice = "torch" if row.name == "fura_torch" else "auto"
+        deferred.choice = "inputs" if row.name == "fura_inputs" else "auto"
         try:
             before = self.allocated()
             for _ in range(1 if row.step_ms else 3):
@@ -245,7 +247,9 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.tiny:
         args.layers, args.tokens, args.sequence, args.steps, args.rounds = 1, 32, 16, 2, 2
-        args.rows = [name for name in args.rows if name not in ("fura", "fura_aligned")]  # kernels need a GPU
+        args.rows = [
+            name for name in args.rows if name not in ("fura", "fura_aligned", "fura_inputs")
+        ]  # kernels need a GPU
     return args
 
 

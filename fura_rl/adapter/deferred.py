@@ -8,12 +8,15 @@ and `dD = g^T x` in one pass.
 Either product is rounded to the layer's dtype once, and loses what is below half a spacing: of `W`, as the weights of
 the engine that answers are sampled from do, or of `x` (docs/performance.md has both measured).
 
+The environment variable FURA_MULTIPLY, "inputs", keeps all layers from it; "auto" is the default.
+
 In the forward pass a layer's input therefore goes through unchanged, as a `Deferred` with the `D` that the base layer
 has yet to apply. Only where that pays: few rows, as in decoding, are less work than a weight.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +26,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from . import transform
+from .errors import AdapterError
 from .product_input import gate_and_up, product_factors
 
 if TYPE_CHECKING:
@@ -41,6 +45,10 @@ if transform.HAVE_KERNELS:
     from .shared_kernels import run_shared_gradient_shares
     from .shared_operator import adapters_of, gradients_of
 
+CHOICES = ("auto", "inputs")
+choice = os.environ.get("FURA_MULTIPLY", "auto")
+if choice not in CHOICES:
+    raise AdapterError(f"FURA_MULTIPLY is {choice!r}; it must be one of {', '.join(CHOICES)}.")
 FEWEST_ROWS = 2048  # of 4-bit layers
 
 
@@ -53,7 +61,7 @@ class Deferred(NamedTuple):
 
 def can_defer(bases: Sequence[nn.Module], x: torch.Tensor, all_blocks: Sequence[FuraBlocks]) -> bool:
     """Whether layers that read `x`, with an adapter each, can and should multiply their weights."""
-    if torch.compiler.is_compiling() or x.dtype not in (torch.bfloat16, torch.float16):
+    if choice == "inputs" or torch.compiler.is_compiling() or x.dtype not in (torch.bfloat16, torch.float16):
         return False
     if not all(blocks.is_plain and transform.use_kernels(x, blocks.block_size) for blocks in all_blocks):
         return False

@@ -379,12 +379,16 @@ def test_torch_serves_what_the_kernels_do_not(monkeypatch):
     assert not transform.use_kernels(half, 64)
 
 
-def test_an_unknown_choice_is_one_sentence():
+@pytest.mark.parametrize(
+    ("name", "value", "known"),
+    [("FURA_KERNELS", "cuda", "auto, triton, torch"), ("FURA_MULTIPLY", "x", "auto, inputs")],
+)
+def test_an_unknown_choice_is_one_sentence(name, value, known):
     run = subprocess.run(
         [sys.executable, "-c", "import fura_rl"],
-        env=dict(os.environ, FURA_KERNELS="cuda"),
+        env=dict(os.environ, **{name: value}),
         capture_output=True,
         text=True,
     )
     assert run.returncode != 0
-    assert "AdapterError: FURA_KERNELS is 'cuda'; it must be one of auto, triton, torch." in run.stderr
+    assert f"AdapterError: {name} is {value!r}; it must be one of {known}." in run.stderr
