@@ -44,7 +44,7 @@ from step_sharding import decoder_layers, shard, zero_engine
 from torch import nn
 from transformers import Qwen3Config, Qwen3Model
 
-from fura_rl.adapter import deferred, transform
+from fura_rl.adapter import multiplied_weight, transform
 
 
 @dataclass
@@ -145,7 +145,7 @@ class Bench:
     def visit(self, row: Row, steps: int) -> None:
         """One step of warm-up, then timed ones; the first visit also settles the optimiser's state."""
         transform.kernel_choice = "torch" if row.name == "fura_torch" else "auto"
-        deferred.choice = "inputs" if row.name == "fura_inputs" else "auto"
+        multiplied_weight.choice = "inputs" if row.name == "fura_inputs" else "auto"
         try:
             before = self.allocated()
             for _ in range(1 if row.step_ms else 3):

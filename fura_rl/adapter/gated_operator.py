@@ -18,18 +18,14 @@ class GatedMultiply(torch.autograd.Function):
     """`M x` of one trained adapter on the input side."""
 
     @staticmethod
-    def forward(ctx: Any, x, gate, up, deferred, merged, basis, sigma, core, scale) -> torch.Tensor:
+    def forward(ctx: Any, x, gate, up, merged, basis, sigma, core, scale) -> torch.Tensor:
         """
         Args:
             x: (*, n * b), `silu(gate) * up`, without its history.
             gate, up: as `x`, with theirs.
-            deferred: `D` (n, b, b) if the base layer applies it (`deferred.py`): then `x` itself is returned.
             merged: the core carries the singular values.
         """
-        if deferred is None:
-            y, delta = block_multiply(x, basis, sigma, core, scale, merged, False)
-        else:
-            y, delta = x.view_as(x), deferred
+        y, delta = block_multiply(x, basis, sigma, core, scale, merged, False)
         ctx.merged = merged
         ctx.save_for_backward(gate, up, delta, basis, sigma, core, scale)
         return y
@@ -40,4 +36,4 @@ class GatedMultiply(torch.autograd.Function):
         gate, up, delta, *adapter = ctx.saved_tensors
         d_gate, d_up, shares = run_gated_gradient_shares(g, gate, up, delta)
         d_core, d_scale = run_delta_gradient(shares, tuple(adapter), ctx.merged, False)
-        return None, d_gate, d_up, None, None, None, None, d_core, None if adapter[3] is None else d_scale
+        return None, d_gate, d_up, None, None, None, d_core, None if adapter[3] is None else d_scale

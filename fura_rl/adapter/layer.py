@@ -21,8 +21,8 @@ from .base_weight import BaseSnapshot, adapter_device, is_transposed, reading_we
 from .basis import fit_block_size, resolve_block_size
 from .blocks import FuraBlocks
 from .config import FuraConfig
-from .deferred import Deferred, can_defer, defer, multiplied_linear
 from .fingerprint import sample_entries
+from .multiplied_weight import Multiplied, multiplies_weights, multiply_weights
 from .product_input import forget, remember
 from .shared_input import SharedInput, only_blocks
 from .split_bases import set_basis
@@ -312,11 +312,8 @@ class FuraLayer(nn.Module, BaseTunerLayer):
 
     def _adapted(self, x: torch.Tensor, source: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The layer with its active adapters; `source` is what it was called with, of which `x` may be a copy."""
-        deferred = self._multiply_or_defer(x, source)
-        if deferred.delta is None:
-            y = self.base_layer(deferred.x, *args, **kwargs)
-        else:
-            y = multiplied_linear(self.base_layer, deferred)
+        multiplied = self._multiply(x, source)
+        y = multiplied.tensor if multiplied.is_output else self.base_layer(multiplied.tensor, *args, **kwargs)
         return self._multiply_output(y, None)
 
     def _rows_of(self, adapter_names: list[str], x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -333,14 +330,14 @@ class FuraLayer(nn.Module, BaseTunerLayer):
             for name in sorted(set(adapter_names) & set(self.fura_blocks))
         }
 
-    def _multiply_or_defer(self, x: torch.Tensor, source: torch.Tensor) -> Deferred:
-        """`M x`, or `x` and the `M` that the base layer multiplies its weight by."""
+    def _multiply(self, x: torch.Tensor, source: torch.Tensor) -> Multiplied:
+        """`M x` for the base layer, or what that returns with its weight multiplied by `M` instead."""
         if self.shared_input is not None and (shared := self.shared_input.multiply(self, x, source)) is not None:
             return shared
         blocks = only_blocks(self)
-        if blocks is not None and can_defer([self.base_layer], x, [blocks]):
-            return defer(x, [blocks])[0]
-        return Deferred(self._multiply_input(x, None))
+        if blocks is not None and multiplies_weights([self.base_layer], x, [blocks]):
+            return multiply_weights([self.base_layer], x, [blocks])[0]
+        return Multiplied(self._multiply_input(x, None))
 
     def _multiply_input(self, x: torch.Tensor, names: list[str] | None) -> torch.Tensor:
         for blocks in reversed(self.named_blocks(names)):  # W M_a M_b x: what is merged last acts first

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from . import transform
-from .deferred import Deferred, can_defer, defer
+from .multiplied_weight import Multiplied, multiplies_weights, multiply_weights
 
 if TYPE_CHECKING:
     from .blocks import FuraBlocks
@@ -36,7 +36,7 @@ class _Stash(NamedTuple):
 
     source: torch.Tensor
     state: tuple
-    outputs: dict[int, tuple[Deferred, tuple]]  # by the layer's id, with what else each depends on
+    outputs: dict[int, tuple[Multiplied, tuple]]  # by the layer's id, with what else each depends on
 
 
 class SharedInput:
@@ -52,8 +52,9 @@ class SharedInput:
         """Those that still exist; none once the group is given up."""
         return [layer for ref in self._layers if (layer := ref()) is not None]
 
-    def multiply(self, layer: FuraLayer, x: torch.Tensor, source: torch.Tensor) -> Deferred | None:
-        """`M x` of the layer's one active adapter, or `x` and `M`; None if this call is not one to be shared.
+    def multiply(self, layer: FuraLayer, x: torch.Tensor, source: torch.Tensor) -> Multiplied | None:
+        """`M x` of the layer's one active adapter, or what the layer returns for it; None if this call is not one to
+        be shared.
 
         Args:
             layer: one of the group's.
@@ -63,7 +64,7 @@ class SharedInput:
         if torch.compiler.is_compiling():
             traced = getattr(source, TRACED, None)
             y = None if traced is None else traced.multiply(layer, x, source)
-            return None if y is None else Deferred(y)
+            return None if y is None else Multiplied(y)
         if not transform.have_kernels(x):
             return None
         if torch.is_inference_mode_enabled() or source.is_inference():  # no version to see changes by
@@ -76,14 +77,15 @@ class SharedInput:
         stash, self._stash = self._stash, None
         same_source = stash is not None and stash.source is source
         if stash is not None and same_source and stash.state == state and id(layer) in stash.outputs:
-            y, trained = stash.outputs.pop(id(layer))
+            multiplied, sources = stash.outputs.pop(id(layer))
             blocks = only_blocks(layer)
-            if blocks is not None and trained == _trained(blocks) and not getattr(y.x.grad_fn, "spent", False):
+            current = blocks is not None and sources == _sources(layer, blocks, multiplied)
+            if current and not getattr(multiplied.tensor.grad_fn, "spent", False):
                 if stash.outputs:
                     self._stash = stash
                 else:
                     self._misses = 0
-                return y
+                return multiplied
         layers = self.layers
         if layer not in layers:  # given up, or a replica of `DataParallel`, whose siblings are replicas too
             return None
@@ -95,16 +97,18 @@ class SharedInput:
             if self._misses >= MISSES:
                 self._layers = []
                 return None
-        if can_defer([one.base_layer for one in layers], x, all_blocks):
-            multiplied = defer(x, all_blocks)
+        bases = [one.base_layer for one in layers]
+        if multiplies_weights(bases, x, all_blocks):
+            results = multiply_weights(bases, x, all_blocks)
         else:
-            multiplied = [Deferred(y) for y in transform.shared_multiply(x, all_blocks)]
+            results = [Multiplied(y) for y in transform.shared_multiply(x, all_blocks)]
         outputs = {
-            id(one): (y, _trained(blocks)) for one, blocks, y in zip(layers, all_blocks, multiplied, strict=True)
+            id(one): (result, _sources(one, blocks, result))
+            for one, blocks, result in zip(layers, all_blocks, results, strict=True)
         }
-        y, _ = outputs.pop(id(layer))
+        multiplied, _ = outputs.pop(id(layer))
         self._stash = _Stash(source, state, outputs)
-        return y
+        return multiplied
 
     def __getstate__(self) -> dict:
         return {"layers": self.layers}  # copies and pickles of a model start without a half-used pass
@@ -182,10 +186,14 @@ def only_blocks(layer: FuraLayer) -> FuraBlocks | None:
     return found[0] if len(found) == 1 and found[0].side == "input" else None
 
 
-def _trained(blocks: FuraBlocks) -> tuple:
-    """What changes where the trained tensors of `blocks` do."""
+def _sources(layer: FuraLayer, blocks: FuraBlocks, multiplied: Multiplied) -> tuple:
+    """What changes where that does from which `multiplied` was computed, besides the input."""
     core, scale = blocks.core, blocks.scale
-    return blocks, id(core), core._version, core.requires_grad, None if scale is None else scale._version
+    trained = blocks, id(core), core._version, core.requires_grad, None if scale is None else scale._version
+    if not multiplied.is_output:
+        return trained
+    base: Any = layer.base_layer
+    return *trained, *((id(t), t._version) for t in (base.weight, base.bias) if t is not None)
 
 
 def _can_share(all_blocks: list[FuraBlocks], x: torch.Tensor) -> bool:

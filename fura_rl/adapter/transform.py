@@ -121,7 +121,7 @@ def block_multiply(
     scale_nb = None if merged else scale_nb
     adapter = basis_nbb, sigma_nb, core_nbb, scale_nb
     if not transposed and core_nbb.requires_grad and can_gate(core_nbb.shape[1]) and (pair := gate_and_up(x)):
-        return gated_operator.GatedMultiply.apply(x.detach(), *pair, None, merged, *adapter)
+        return gated_operator.GatedMultiply.apply(x.detach(), *pair, merged, *adapter)
     factors = product_factors(x)
     return delta_kernels.BlockMultiply.apply(x, factors, basis_nbb, sigma_nb, core_nbb, scale_nb, merged, transposed)
 

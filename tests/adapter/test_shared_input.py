@@ -292,7 +292,7 @@ def test_threads_that_run_one_model(device, model, monkeypatch):
         for _ in range(1000):
             x = torch.full((1, 32), value, device=device)
             for i, layer in enumerate(layers):
-                assert shared.multiply(layer, x, x).x[0, 0] == value + i
+                assert shared.multiply(layer, x, x).tensor[0, 0] == value + i
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
