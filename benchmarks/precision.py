@@ -1,15 +1,18 @@
 r"""What becomes of a training step in bf16: the published factors against float32 differences.
 
     python benchmarks/precision.py --model PATH --train train.jsonl --test test.jsonl [--rates 9e-5 1e-3] [--steps 100]
+        [--forms published fura ...]
 
 The published code keeps the trained core `R` and the singular values in bf16, without float32 copies. A step of AdamW
 is about as large as the learning rate, and an entry of size x moves only if the step exceeds half the distance of its
-neighbours in bf16, about `2^-9 x`. Three forms of the same adapter, fine-tuned on solutions (JSONL with `problem` and
+neighbours in bf16, about `2^-9 x`. Forms of the same adapter, fine-tuned on solutions (JSONL with `problem` and
 `solution`) in the same order under bf16 autocast:
 
 - `published`: `W = L S R`, all in bf16, as published;
 - `published, float32 R and s`: the same, with trained factors in float32;
-- `fura`: this project, float32 differences beside the untouched bf16 base.
+- `fura`: this project, float32 differences beside the untouched bf16 base;
+- `fura, inputs`: the same, with no weight multiplied by `M` and rounded in the forward pass. On a GPU `fura` does that
+  in layers whose input has many more tokens than their weight has rows; on a CPU the two are one.
 
 `moved` is the share of the core's entries that differ from their start at the end, `update` the mean relative norm of a
 layer's update, `start` and `end` the loss of a token of held-out solutions. Table, then JSON on the last line.
@@ -35,16 +38,17 @@ from solutions import held_out_loss, read
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fura_rl.adapter import FuraConfig, FuraLayer
+from fura_rl.adapter import FuraConfig, FuraLayer, multiplied_weight
 
 COLUMNS = {"rate": ".0e", "moved": ".1%", "update": ".2e", "start": ".4f", "end": ".4f"}
-FORMS = ("published", "published, float32 R and s", "fura")
+FORMS = ("published", "published, float32 R and s", "fura", "fura, inputs")
 
 
 def build(base: nn.Module, form: str) -> tuple[nn.Module, list[nn.Parameter]]:
     """The form on a copy of the model, and its cores."""
     model = copy.deepcopy(base)
-    if form == "fura":
+    multiplied_weight.choice = "inputs" if form == "fura, inputs" else "auto"
+    if form.startswith("fura"):
         model = step_methods.with_adapter(FuraConfig())(model)
         return model, [m.fura_blocks["default"].core for m in model.modules() if isinstance(m, FuraLayer)]
     step_methods.published(model.model)
@@ -102,11 +106,13 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=192, help="longest example, in tokens")
     parser.add_argument("--held-out", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS[:3], metavar="FORM", help=", ".join(FORMS))
     args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
+    base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).to(device)
     data = read(args.train, tokenizer, None, args.limit), read(args.test, tokenizer, args.held_out, args.limit)
-    rows = [fine_tune(base, form, rate, data, args) for rate in args.rates for form in FORMS]
+    rows = [fine_tune(base, form, rate, data, args) for rate in args.rates for form in args.forms]
     title = f"{Path(args.model).name}, {args.steps} steps of {args.batch} examples"
     table = Table("form", *COLUMNS, title=title, title_justify="left")
     for row in rows:

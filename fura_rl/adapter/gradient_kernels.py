@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .kernels import run_transform
-from .launches import Launch, evenly_spaced, gated_launch, gradient_launch
+from .launches import Launch, evenly_spaced, gated_launch, gradient_launch, product_launch
 from .triton_dot import dot
 from .triton_launch import INTERPRETED, Kernel
 
@@ -116,7 +116,8 @@ def run_gradient_shares(
     With `other` the layer's input was `x * other`.
     """
     n, b, _ = delta.shape
-    launch = launch or gradient_launch(b, x.dtype)
+    if launch is None:
+        launch = gradient_launch(b, x.dtype) if other is None else product_launch(b, x.dtype, x.device)
     if with_dx and b > launch.tile:
         return run_transform(g, delta.mT), _run(g, x, other, delta, None, None, launch)
     dx = torch.empty(x.shape if with_dx else (0, n * b), dtype=g.dtype, device=g.device)

@@ -6,12 +6,14 @@ run.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from .triton_launch import INTERPRETED
 from .wide_kernels import FIRST
+
+ROOMY = 140_000  # bytes of shared memory
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,19 @@ def gradient_launch(b: int, dtype: torch.dtype) -> Launch:
     return Launch(FIRST, rows=64, residents=2, warps=8, stages=2)  # a sum over all of the block would spill
 
 
+def stages_of(stages: int, device: torch.device) -> int:
+    """Stages of a kernel that keeps much in shared memory: GPUs below the data centre's have 99 KB of it for a program
+    where an A100 has 163, and get two."""
+    roomy = INTERPRETED or device_properties(device.index).shared_memory_per_block_optin >= ROOMY
+    return stages if roomy else min(stages, 2)
+
+
+def product_launch(b: int, dtype: torch.dtype, device: torch.device) -> Launch:
+    """Of the gradient for an input that is given as two factors."""
+    launch = gradient_launch(b, dtype)
+    return replace(launch, stages=stages_of(launch.stages, device)) if launch.tile > 64 else launch
+
+
 def gated_launch(n: int, b: int, dtype: torch.dtype, device: torch.device) -> Launch:
     """Of the gradient of `n` blocks that goes on to `gate` and `up`: three tensors are read and two written."""
     tile = padded(b)
@@ -72,7 +87,7 @@ def gated_launch(n: int, b: int, dtype: torch.dtype, device: torch.device) -> La
         return Launch(tile, rows=32, residents=2, warps=4, stages=3)
     # A multiprocessor holds one such program: blocks that do not all start at once are cut into many shares.
     few = INTERPRETED or n <= device_properties(device.index).multi_processor_count
-    return Launch(tile, rows=64, residents=1 if few else 8, warps=16, stages=3)
+    return Launch(tile, rows=64, residents=1 if few else 8, warps=16, stages=stages_of(3, device))
 
 
 def supports(b: int, dtype: torch.dtype, device: torch.device) -> bool:
