@@ -46,10 +46,10 @@ def measure(weight: torch.Tensor, x: torch.Tensor, size: float) -> dict[str, flo
     width = weight.shape[1]
     b = fit_block_size(closest_block_size(width), width, weight.shape[0])
     basis, _, _ = block_basis(weight.float(), b)
-    core = size * torch.sign(torch.randn(width // b, b, b))
-    delta = torch.block_diag(*(basis @ core))
+    core = size * torch.sign(torch.randn(width // b, b, b)).double()
+    delta = torch.block_diag(*(basis.double() @ core))
     y = x @ weight.T
-    dy = (x @ delta.double().T) @ weight.T
+    dy = (x @ delta.T) @ weight.T
     delta = rounded(delta)
     forms = {"input": rounded(x + x @ delta.T) @ weight.T, "weight": x @ rounded(weight + weight @ delta).T}
     result = {}

@@ -7,6 +7,7 @@ run.
 
 import functools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -68,8 +69,10 @@ def gradient_launch(b: int, dtype: torch.dtype) -> Launch:
 def stages_of(stages: int, device: torch.device) -> int:
     """Stages of a kernel that keeps much in shared memory: GPUs below the data centre's have 99 KB of it for a program
     where an A100 has 163, and get two."""
-    roomy = INTERPRETED or device_properties(device.index).shared_memory_per_block_optin >= ROOMY
-    return stages if roomy else min(stages, 2)
+    if INTERPRETED:
+        return stages
+    properties: Any = device_properties(device.index)
+    return stages if properties.shared_memory_per_block_optin >= ROOMY else min(stages, 2)
 
 
 def product_launch(b: int, dtype: torch.dtype, device: torch.device) -> Launch:
