@@ -14,8 +14,6 @@ import torch
 from .triton_launch import INTERPRETED
 from .wide_kernels import FIRST
 
-ROOMY = 140_000  # bytes of shared memory
-
 
 @dataclass(frozen=True)
 class Launch:
@@ -66,19 +64,18 @@ def gradient_launch(b: int, dtype: torch.dtype) -> Launch:
     return Launch(FIRST, rows=64, residents=2, warps=8, stages=2)  # a sum over all of the block would spill
 
 
-def stages_of(stages: int, device: torch.device) -> int:
-    """Stages of a kernel that keeps much in shared memory: GPUs below the data centre's have 99 KB of it for a program
-    where an A100 has 163, and get two."""
+def is_roomy(device: torch.device) -> bool:
+    """Whether a program may have the 163 KB of shared memory that an A100 gives; below the data centre it is 99 KB."""
     if INTERPRETED:
-        return stages
+        return True
     properties: Any = device_properties(device.index)
-    return stages if properties.shared_memory_per_block_optin >= ROOMY else min(stages, 2)
+    return properties.shared_memory_per_block_optin >= 140_000
 
 
 def product_launch(b: int, dtype: torch.dtype, device: torch.device) -> Launch:
     """Of the gradient for an input that is given as two factors."""
     launch = gradient_launch(b, dtype)
-    return replace(launch, stages=stages_of(launch.stages, device)) if launch.tile > 64 else launch
+    return launch if launch.tile <= 64 or is_roomy(device) else replace(launch, stages=2)
 
 
 def gated_launch(n: int, b: int, dtype: torch.dtype, device: torch.device) -> Launch:
@@ -90,7 +87,7 @@ def gated_launch(n: int, b: int, dtype: torch.dtype, device: torch.device) -> La
         return Launch(tile, rows=32, residents=2, warps=4, stages=3)
     # A multiprocessor holds one such program: blocks that do not all start at once are cut into many shares.
     few = INTERPRETED or n <= device_properties(device.index).multi_processor_count
-    return Launch(tile, rows=64, residents=1 if few else 8, warps=16, stages=stages_of(3, device))
+    return Launch(tile, rows=64, residents=1 if few else 8, warps=16, stages=3 if is_roomy(device) else 2)
 
 
 def supports(b: int, dtype: torch.dtype, device: torch.device) -> bool:

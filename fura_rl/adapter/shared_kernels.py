@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launches import Launch, evenly_spaced, padded, stages_of
+from .launches import Launch, evenly_spaced, is_roomy, padded
 from .triton_dot import dot
 from .triton_launch import INTERPRETED, Kernel
 
@@ -137,17 +137,19 @@ shared_transform_kernel = Kernel(_shared_transform_kernel)
 shared_gradient_kernel = Kernel(_shared_gradient_kernel)
 
 
-def transform_launch(b: int, x: torch.Tensor) -> Launch:
+def supports(b: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether there are kernels for several adapters of such blocks. Those for float32 ask for much shared memory."""
+    return b <= (LARGEST_BLOCK if dtype != torch.float32 or is_roomy(device) else LARGEST_BLOCK // 2)
+
+
+def transform_launch(b: int) -> Launch:
     tile = padded(b)
-    return Launch(tile, rows=128, residents=4, warps=8 if tile == 64 else 4, stages=_stages(x))
+    return Launch(tile, rows=128, residents=4, warps=8 if tile == 64 else 4, stages=3)
 
 
-def gradient_launch(b: int, count: int, x: torch.Tensor) -> Launch:
-    return Launch(padded(b), rows=64, residents=2 if count == 2 else 1, warps=4, stages=_stages(x))
-
-
-def _stages(x: torch.Tensor) -> int:
-    return stages_of(3, x.device) if x.dtype == torch.float32 else 3
+def gradient_launch(b: int, count: int) -> Launch:
+    tile = padded(b)
+    return Launch(tile, rows=64, residents=2 if count == 2 else 1, warps=4, stages=3)
 
 
 def run_shared_transform(x: torch.Tensor, delta_cnbb: torch.Tensor, launch: Launch | None = None) -> list[torch.Tensor]:
@@ -157,7 +159,7 @@ def run_shared_transform(x: torch.Tensor, delta_cnbb: torch.Tensor, launch: Laun
     num_rows = x.numel() // (n * b)
     if num_rows == 0:
         return outputs
-    launch = launch or transform_launch(b, x)
+    launch = launch or transform_launch(b)
     x, x_stride = evenly_spaced(x, n * b)
     shared_transform_kernel(
         (n, launch.shares(num_rows, n, x.device), 1),
@@ -190,7 +192,7 @@ def run_shared_gradient_shares(
     num_rows = x.numel() // (n * b)
     if num_rows == 0:
         return dx, torch.zeros(1, *delta_cnbb.shape, dtype=torch.float32, device=x.device)
-    launch = launch or gradient_launch(b, count, x)
+    launch = launch or gradient_launch(b, count)
     x, x_stride = evenly_spaced(x, n * b)
     gradients = [g.contiguous() for g in gradients]
     shares = launch.shares(num_rows, n, x.device)

@@ -128,7 +128,7 @@ def block_multiply(
 
 def can_share(x: torch.Tensor, block_size: int) -> bool:
     """Whether `shared_multiply` takes `x` and blocks of this size."""
-    return use_kernels(x, block_size) and block_size <= shared_kernels.LARGEST_BLOCK
+    return use_kernels(x, block_size) and shared_kernels.supports(block_size, x.dtype, x.device)
 
 
 def shared_multiply(x: torch.Tensor, adapters: Sequence[Any]) -> tuple[torch.Tensor, ...]:

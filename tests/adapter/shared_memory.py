@@ -46,7 +46,7 @@ def compile_all(b: int, dtype: torch.dtype) -> None:
     from fura_rl.adapter.gathered_kernels import run_gathered
     from fura_rl.adapter.gradient_kernels import run_gated_gradient_shares, run_gradient_shares
     from fura_rl.adapter.kernels import run_transform
-    from fura_rl.adapter.shared_kernels import LARGEST_BLOCK, run_shared_gradient_shares, run_shared_transform
+    from fura_rl.adapter.shared_kernels import run_shared_gradient_shares, run_shared_transform, supports
 
     n, count = 4, 3
     x, delta = torch.zeros(4096, n * b, dtype=dtype), torch.zeros(n, b, b, dtype=dtype)
@@ -55,7 +55,7 @@ def compile_all(b: int, dtype: torch.dtype) -> None:
     run_gradient_shares(x, x, delta, True)
     run_gradient_shares(x, x, delta, True, other=x)
     run_gated_gradient_shares(x, x, x, delta)
-    if b <= LARGEST_BLOCK:
+    if supports(b, dtype, x.device):
         deltas = torch.zeros(count, n, b, b, dtype=dtype)
         run_shared_transform(x, deltas)
         run_shared_gradient_shares([x] * count, x, deltas, True)
@@ -73,4 +73,5 @@ def compile_all(b: int, dtype: torch.dtype) -> None:
 compile_all(64, torch.bfloat16)
 compile_all(128, torch.bfloat16)
 compile_all(64, torch.float32)
+compile_all(32, torch.float32)
 print(json.dumps(found))

@@ -21,5 +21,5 @@ def test_programs_fit_into_the_shared_memory_of_consumer_gpus():
     run = subprocess.run([sys.executable, SCRIPT, str(CONSUMER)], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     programs = json.loads(run.stdout.splitlines()[-1])
-    assert len(programs) == 31
+    assert len(programs) == 38
     assert not [program for program in programs if program[1] > CONSUMER]
