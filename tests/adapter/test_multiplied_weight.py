@@ -330,6 +330,35 @@ def test_a_parameter_that_lost_its_state(device, always, monkeypatch):
     assert len(calls) == 2
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="a process group of this CPU")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_weights_that_fsdp_gathers_and_lets_go_of(checkpointing, always, tmp_path, monkeypatch):
+    """What a layer keeps for its gradient is empty after the forward pass, and filled again before the gradient."""
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = adapted_llama("cpu", "plain").train()
+    _, gradients = step(model, "cpu")
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    calls = counting(monkeypatch)
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
+        for module in [*model.base_model.model.model.layers, model]:
+            fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
+        for _ in range(2):
+            _, others = step(model, "cpu")
+    finally:
+        distributed.destroy_process_group()
+    assert len(calls) == 2 * (26 if checkpointing else 14)
+    for name, gradient in gradients.items():
+        assert torch.equal(others[name], gradient), name
+
+
 @pytest.mark.gpu
 @no_cuda
 @pytest.mark.parametrize("nested", [True, False])
