@@ -90,7 +90,7 @@ def _is_plain(base: nn.Module, x: torch.Tensor) -> bool:
     return (
         type(weight) in (nn.Parameter, torch.Tensor)
         and not hasattr(weight, "ds_id")
-        and not weight.requires_grad
+        and not (weight.requires_grad or weight.is_inference())  # of the latter no version tells a change
         and weight.dtype == x.dtype
         and weight.device == x.device
         and weight.shape[1] == x.shape[-1]

@@ -280,14 +280,15 @@ def test_where_the_input_is_multiplied(device, dtype, stored, monkeypatch):
 
 
 @kernels
-@pytest.mark.parametrize("case", ["trained weight", "trained bias", "float32", "subclass", "ZeRO-3"])
+@pytest.mark.parametrize("case", ["trained weight", "trained bias", "float32", "subclass", "ZeRO-3", "inference"])
 def test_a_plain_layer_that_is_another_one(device, case, always, monkeypatch):
     class Other(nn.Linear):
         pass
 
     calls = counting(monkeypatch)
     dtype = torch.float32 if case == "float32" else torch.bfloat16
-    base = (Other if case == "subclass" else nn.Linear)(64, 40, device=device, dtype=dtype).requires_grad_(False)
+    with torch.inference_mode(case == "inference"):
+        base = (Other if case == "subclass" else nn.Linear)(64, 40, device=device, dtype=dtype).requires_grad_(False)
     layer = adapted(base, 16)
     if case == "trained weight":
         base.weight.requires_grad_()
@@ -295,7 +296,12 @@ def test_a_plain_layer_that_is_another_one(device, case, always, monkeypatch):
         base.bias.requires_grad_()
     if case == "ZeRO-3":
         base.weight.ds_id = 0
-    layer(torch.randn(5, 64, device=device, dtype=dtype)).float().sum().backward()
+    x = torch.randn(5, 64, device=device, dtype=dtype)
+    if case == "inference":
+        with torch.inference_mode():
+            layer(x)
+    else:
+        layer(x).float().sum().backward()
     assert not calls
     for parameter in base.parameters():
         assert (parameter.grad is not None) == parameter.requires_grad
