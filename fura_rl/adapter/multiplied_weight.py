@@ -84,7 +84,7 @@ def _is_packed(base: nn.Module) -> bool:
 
 def _is_plain(base: nn.Module, x: torch.Tensor) -> bool:
     """Whether `base` is a frozen `nn.Linear` with its weight here, which neither ZeRO-3 nor a hook fetches."""
-    if type(base) is not nn.Linear or not _is_bare(base, nn.Linear):
+    if type(base) is not nn.Linear or not is_bare(base):
         return False
     weight, bias = base.weight, base.bias
     return (
@@ -113,16 +113,16 @@ def _is_four_bit(base: Any, x: torch.Tensor, block_size: int) -> bool:
         and weight.device == x.device
         and not getattr(state, "packing_format_for_cpu", False)
         and (base.bias is None or not base.bias.requires_grad)
-        and _is_bare(base, Linear4bit)
+        and type(base).forward is Linear4bit.forward
+        and is_bare(base)
         and block_size <= LARGEST_BLOCK
     )
 
 
-def _is_bare(base: Any, kind: Any) -> bool:
-    """Whether the layer's forward is that of its kind, and nothing hooks on to its call (offloading, profiling)."""
+def is_bare(base: Any) -> bool:
+    """Whether the layer's forward is that of its class, and nothing hooks on to its call (offloading, profiling)."""
     return (
-        type(base).forward is kind.forward
-        and "forward" not in base.__dict__
+        "forward" not in base.__dict__
         and not hasattr(base, "_hf_hook")
         and not (base._forward_pre_hooks or base._forward_hooks or base._backward_pre_hooks or base._backward_hooks)
     )

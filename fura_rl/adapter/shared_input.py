@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from . import transform
-from .multiplied_weight import Multiplied, multiplies_weights, multiply_weights
+from .multiplied_weight import Multiplied, is_bare, multiplies_weights, multiply_weights
 
 if TYPE_CHECKING:
     from .blocks import FuraBlocks
@@ -193,7 +193,7 @@ def _sources(layer: FuraLayer, blocks: FuraBlocks, multiplied: Multiplied) -> tu
     if not multiplied.is_output:
         return trained
     base: Any = layer.base_layer
-    return *trained, *((id(t), t._version) for t in (base.weight, base.bias) if t is not None)
+    return *trained, is_bare(base), *((id(t), t._version) for t in (base.weight, base.bias) if t is not None)
 
 
 def _can_share(all_blocks: list[FuraBlocks], x: torch.Tensor) -> bool:

@@ -205,6 +205,38 @@ def test_a_projection_called_after_a_backward_pass_has_gradients(device, stored,
         assert layer.fura_blocks["default"].core.grad.norm() > 0
 
 
+def negate(weight):
+    with torch.no_grad():
+        weight.neg_()
+
+
+CHANGES = {
+    "none": lambda layer: None,
+    "core": lambda layer: negate(layer.fura_blocks["default"].core),
+    "weight": lambda layer: negate(layer.base_layer.weight),
+    "weight replaced": lambda layer: setattr(
+        layer.base_layer, "weight", nn.Parameter(-layer.base_layer.weight, requires_grad=False)
+    ),
+    "hook": lambda layer: layer.base_layer.register_forward_hook(lambda module, args, y: -y),
+    "disabled": lambda layer: layer.enable_adapters(False),
+}
+
+
+@kernels
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_changes_between_two_projections_of_one_input(device, name, always, monkeypatch):
+    """`q_proj` has already computed what `k_proj` would return."""
+    results = []
+    for choice in multiplied_weight.CHOICES:
+        monkeypatch.setattr(multiplied_weight, "choice", choice)
+        attention = adapted_llama(device, "plain").base_model.model.model.layers[0].self_attn
+        x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
+        attention.q_proj(x)
+        CHANGES[name](attention.k_proj)
+        results.append(attention.k_proj(x))
+    assert relative_error(results[0], results[1].detach().double().cpu()) < 0.02
+
+
 @kernels
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("stored", STORED)
