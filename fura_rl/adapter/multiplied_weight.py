@@ -45,6 +45,7 @@ choice = os.environ.get("FURA_MULTIPLY", "auto")
 if choice not in CHOICES:
     raise AdapterError(f"FURA_MULTIPLY is {choice!r}; it must be one of {', '.join(CHOICES)}.")
 FEWEST_ROWS = 2048  # of 4-bit layers
+LAUNCH_BYTES = 2**25  # that a GPU moves while the host starts a kernel: there is one more for each weight
 
 
 class Multiplied(NamedTuple):
@@ -73,9 +74,10 @@ def pays(rows: int, bases: Sequence[Any]) -> bool:
     """Whether the products of the weights are less work than those of an input of so many rows."""
     if any(map(_is_packed, bases)):
         return rows >= FEWEST_ROWS
-    # Half the bytes at most, since there is one launch for each weight: to read and to write each of them, against
-    # reading the input once and writing one for each.
-    return 2 * 2 * sum(getattr(base, "out_features", rows) for base in bases) <= rows * (1 + len(bases))
+    # Half the bytes at most: to read and to write each weight, against reading the input once and writing one for each.
+    inputs, weights = rows * (1 + len(bases)), 2 * sum(getattr(base, "out_features", rows) for base in bases)
+    saved = 2 * (inputs - weights) * getattr(bases[0], "in_features", 0)
+    return 2 * weights <= inputs and saved >= LAUNCH_BYTES * len(bases)
 
 
 def _is_packed(base: nn.Module) -> bool:

@@ -14,8 +14,9 @@ class FuraGRPOConfig(GRPOConfig):
 
     Every option of TRL's `GRPOConfig` exists here too. Changed defaults: `use_vllm=True` with a colocated engine,
     `vllm_importance_sampling_mode="token_truncate"` (a sequence-level mask drops long completions), `logging_steps=1`,
-    `report_to="none"`, `gradient_checkpointing=False` (an adapter this small rarely needs it), a checkpoint every 50
-    steps of which the newest two stay, and `bf16` autocast only where CUDA is available.
+    `report_to="none"`, `gradient_checkpointing=False` (an adapter this small rarely needs it), no pinned memory (a
+    problem has no tensors), a checkpoint every 50 steps of which the newest two stay, and `bf16` autocast only where
+    CUDA is available.
     """
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "vllm_engine_kwargs", "guards"]  # noqa: RUF012 (TRL's name)
@@ -35,6 +36,9 @@ class FuraGRPOConfig(GRPOConfig):
     logging_steps: float = field(default=1, metadata={"help": "Log every this many steps."})
     report_to: None | str | list[str] = field(  # noqa: RUF036 (the parser reads the type in the middle)
         default="none", metadata={"help": "Trackers to report to, such as trackio, wandb or tensorboard."}
+    )
+    dataloader_pin_memory: bool = field(
+        default=False, metadata={"help": "Look for tensors to pin in every problem; there are none."}
     )
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Recompute activations in the backward pass: less memory, more time."}

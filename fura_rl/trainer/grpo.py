@@ -194,8 +194,10 @@ class FuraGRPOTrainer(ResumableGRPOTrainer):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with self.clock.phase("train"):
             loss = super().training_step(*args, **kwargs)
-            if self.accelerator.sync_gradients and loss.is_cuda:
-                torch.cuda.synchronize()  # what is still queued belongs to this phase; the gradient's norm waits anyway
+            if loss.is_cuda and (self.accelerator.sync_gradients or self.args.logging_nan_inf_filter):
+                # What is still queued belongs to this phase. transformers waits for it next, to look at the loss or at
+                # the gradient's norm.
+                torch.cuda.synchronize()
         self.last_loss = loss
         return loss
 

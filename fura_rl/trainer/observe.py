@@ -141,7 +141,8 @@ def relative_norms(model: nn.Module) -> dict[str, float]:
     """`|W' - W| / |W|` (Frobenius) of each adapted layer, from the adapter's own tensors: `W` is not read.
 
     With `W_j = U_j diag(sigma_j) V_j^T` and `W'_j = W_j (I + D_j)`, the norm of the update of a block is that of
-    `diag(sigma_j) V_j^T D_j`. Layers whose basis is not the SVD of their weight (random, identity, refreshed) and
+    `diag(sigma_j) V_j^T D_j`, which is `diag(sigma_j) dR_j + diag(ds_j) (V_j^T + dR_j)`, or `dR_j` itself if it
+    carries the singular values. Layers whose basis is not the SVD of their weight (random, identity, refreshed) and
     sharded parameters (ZeRO-3, FSDP) are left out.
     """
     norms: dict[str, torch.Tensor] = {}
@@ -151,9 +152,10 @@ def relative_norms(model: nn.Module) -> dict[str, float]:
         for blocks in layer.named_blocks(layer.active_adapters[:1]):
             if blocks.sigma is None or blocks.basis is None or blocks.fold is not None or _is_sharded(blocks.core):
                 continue
-            delta = blocks()
-            delta = delta if blocks.side == "input" else delta.mT
-            update = blocks.sigma.unsqueeze(-1) * (blocks.basis.mT @ delta)  # (n, b, b)
+            core = blocks.core if blocks.side == "input" else blocks.core.mT
+            update = core if blocks.singular_values == "merged" else blocks.sigma.unsqueeze(-1) * core  # (n, b, b)
+            if blocks.scale is not None:
+                update = update.addcmul(blocks.scale.unsqueeze(-1), blocks.basis.mT + core)
             norms[name.removeprefix("base_model.model.")] = update.norm() / blocks.sigma.norm()
     if not norms:
         return {}

@@ -276,6 +276,7 @@ def test_without_gradients_and_with_a_frozen_adapter(device, stored, always, mon
 def test_where_the_input_is_multiplied(device, dtype, stored, monkeypatch):
     """Few rows, another dtype than the layer computes in, hooks on the base layer, merged and disabled adapters."""
     calls = counting(monkeypatch)
+    monkeypatch.setattr(multiplied_weight, "LAUNCH_BYTES", 0)
     base = stored_as(stored, nn.Linear(64, 40), device)
     layer = adapted(base, 16)
     fewest = 2048 if stored == "4 bit" else 80
@@ -340,10 +341,14 @@ def test_a_plain_layer_that_is_another_one(device, case, always, monkeypatch):
 
 
 def test_what_is_less_work():
-    """Half the bytes: 4 for each row of a weight, against one for each row of the input and one for each product."""
-    q, k = nn.Linear(64, 64), nn.Linear(64, 32)
+    """Half the bytes: 4 for each row of a weight, against one for each row of the input and one for each product; and
+    32 MB for the start of each further kernel."""
+    q, k = nn.Linear(2**20, 64, device="meta"), nn.Linear(2**20, 32, device="meta")
     for rows, bases in [(128, [q, k, k]), (128, [q]), (171, [q, q])]:
         assert multiplied_weight.pays(rows, bases) and not multiplied_weight.pays(rows - 1, bases)
+    q, k = nn.Linear(2048, 2048, device="meta"), nn.Linear(2048, 1024, device="meta")
+    for fewest, bases in [(8192, [q, k, k]), (6144, [q])]:
+        assert multiplied_weight.pays(fewest, bases) and not multiplied_weight.pays(fewest - 1, bases)
 
 
 @kernels

@@ -128,15 +128,16 @@ def test_the_script_parses(tmp_path):
     assert subprocess.run(["node", "--check", script]).returncode == 0
 
 
+@pytest.mark.parametrize("singular_values", ["trainable", "frozen", "merged"])
 @pytest.mark.parametrize("side", ["input", "output"])
-def test_norms_of_layers_are_those_of_the_merged_weights(side):
+def test_norms_of_layers_are_those_of_the_merged_weights(side, singular_values):
     """The short way, through singular values and basis, against the long one through the weight."""
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=32, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=32,
     )  # fmt: skip
-    adapter = FuraConfig(target_modules=["q_proj", "down_proj"], side=side)
+    adapter = FuraConfig(target_modules=["q_proj", "down_proj"], side=side, singular_values=singular_values)
     model = get_peft_model(AutoModelForCausalLM.from_config(config), adapter)
     for name, parameter in model.named_parameters():
         if ".fura_blocks." in name:
