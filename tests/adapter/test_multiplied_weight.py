@@ -422,6 +422,7 @@ def test_an_adapter_at_its_start_is_the_quantised_layer_bit_for_bit(nested, dtyp
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_an_adapter_at_its_start_is_the_plain_layer_bit_for_bit(dtype, monkeypatch):
     calls = counting(monkeypatch)
+    monkeypatch.setattr(multiplied_weight, "LAUNCH_BYTES", 0)
     base = stored_as("plain", nn.Linear(512, 384), "cuda", dtype)
     layer = FuraLayer(base, "default", FuraConfig(block_size=64))
     x = torch.randn(4096, 512, device="cuda", dtype=dtype)
