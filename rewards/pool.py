@@ -113,13 +113,17 @@ class WorkerPool:
         """Process ids of the living workers."""
         return [worker.process.pid for worker in self._workers]
 
-    def start(self) -> None:
-        """Start every worker and wait until all are ready; `run` does so itself when it needs them."""
+    def start(self, wait: bool = True) -> None:
+        """Start every worker that is not running, and wait until all are ready unless told otherwise.
+
+        `run` does so itself for the workers that it needs.
+        """
         with self._lock:
             if self.closed:
                 raise FuraError(CLOSED)
             self._fill(self.size)
-            while not all(worker.ready for worker in self._workers):
+            self._greet()
+            while wait and not all(worker.ready for worker in self._workers):
                 self._check_start(time.monotonic())
                 self._poll([], {}, deque(), time.monotonic() + 1.0)
 

@@ -104,9 +104,16 @@ class MathVerifier:
         self._pool = WorkerPool(workers, memory_limit)
         self.last_batch: dict[str, float] = {}
 
-    def start(self) -> None:
-        """Start the workers now and wait until they are ready, so that the first batch need not."""
-        self._pool.start()
+    def start(self, wait: bool = True) -> None:
+        """Start the workers now, so that the first answer that needs algebra need not wait for them.
+
+        Args:
+            wait: Until they are ready; otherwise they become so beside whatever comes next.
+
+        Raises:
+            FuraError: The verifier is closed, or a worker did not start.
+        """
+        self._pool.start(wait)
 
     def grade(self, completions: Sequence[str], answers: Sequence[str | None]) -> list[Grade]:
         r"""Grade every completion against the answer at the same place.

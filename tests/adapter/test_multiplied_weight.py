@@ -171,6 +171,10 @@ def step(model, device):
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
+def flat(gradients):
+    return torch.cat([gradient.double().cpu().flatten() for gradient in gradients.values()])
+
+
 @kernels
 @pytest.mark.parametrize("stored", STORED)
 def test_a_model_is_as_close_to_float32_as_with_multiplied_inputs(device, stored, monkeypatch):
@@ -190,9 +194,12 @@ def test_a_model_is_as_close_to_float32_as_with_multiplied_inputs(device, stored
         layer.base_layer = dense
     expected_loss, expected = step(exact, device)
     assert abs(deferred_loss - expected_loss) < 1.5 * abs(loss - expected_loss) + 2.0**-8 * expected_loss
+    of_all = [relative_error(flat(g), flat(expected)) for g in (gradients, deferred_gradients)]
+    assert of_all[1] < 1.5 * of_all[0]
     for name, reference in expected.items():
+        # One layer's scale alone is a small rest of large sums: over five seeds its errors differed by up to 3 times.
         errors = [relative_error(g[name], reference.double().cpu()) for g in (gradients, deferred_gradients)]
-        assert errors[1] < 1.5 * errors[0] + 0.01, name
+        assert errors[1] < 3.5 * errors[0] + 0.01, name
 
 
 @kernels

@@ -107,9 +107,21 @@ def test_a_worker_that_no_batch_has_waited_for_is_not_late(monkeypatch: pytest.M
     """A batch that one worker finishes alone leaves the other's greeting unread, for however long."""
     monkeypatch.setattr(pool, "_START_TIMEOUT_S", 8.0)
     with MathVerifier(workers=2) as verifier:
-        verifier._pool._fill(2)
+        verifier.start(wait=False)
         time.sleep(9)
         assert [grade.reason for grade in verifier.grade(*easy(4))] == ["correct"] * 4
+
+
+@pytest.mark.slow
+def test_a_start_without_waiting_can_be_waited_for_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "_START_TIMEOUT_S", 8.0)
+    with MathVerifier(workers=2) as verifier:
+        verifier.start(wait=False)
+        begun = verifier.worker_pids
+        assert len(begun) == 2
+        time.sleep(9)
+        verifier.start()
+        assert verifier.worker_pids == begun
 
 
 @pytest.mark.slow

@@ -87,6 +87,8 @@ def test_a_training_run_keeps_engine_and_trainer_together(trainer):
     logs = [row for row in trainer.state.log_history if "sync/logp_gap_max" in row]
     assert len(logs) == 3
     assert all(row["sync/logp_gap_max"] < 1e-3 for row in logs)
+    assert sum(row["verifier/algebra"] for row in logs) == 0
+    assert len(trainer.verifier.worker_pids) == 2  # begun beside the first rollouts: no step has to wait for them
 
 
 def test_a_stale_engine_is_caught(trainer, rows):
