@@ -188,11 +188,20 @@ def keeps_act(sizes: ModelSizes, method: str | None, zero: int = 0) -> bool:
 
 
 def layer_bytes(
-    sizes: ModelSizes, method: str | None = "fura", rank: int = 32, quantised: bool = False, zero: int = 0
+    sizes: ModelSizes,
+    method: str | None = "fura",
+    rank: int = 32,
+    quantised: bool = False,
+    zero: int = 0,
+    padded: bool = False,
 ) -> int:
-    """Bytes that a layer saves for each token: norms in float32, attention, the MLP, and the method's inputs."""
+    """Bytes that a layer saves for each token: norms in float32, attention, the MLP, and the method's inputs.
+
+    Where sequences are padded, transformers repeats keys and values for each query head before torch's attention, which
+    saves them so.
+    """
     norms = 4 * (2 * sizes.hidden + (sizes.query + sizes.key_value if sizes.head_norms else 0))
-    attention = 2 * (2 * sizes.query + 2 * sizes.key_value)
+    attention = 2 * (2 * sizes.query + 2 * (sizes.query if padded else sizes.key_value))
     mlp = 2 * (3 if keeps_act(sizes, method, zero) else 2) * sizes.intermediate
     return norms + attention + mlp + saved_inputs(sizes, method, rank, quantised, zero)
 
@@ -206,9 +215,10 @@ def activation_bytes(
     rank: int = 32,
     quantised: bool = False,
     zero: int = 0,
+    padded: bool = False,
 ) -> int:
     """Bytes of activations of one forward and backward pass over `tokens` tokens, without the head."""
-    layer = layer_bytes(sizes, method, rank, quantised, zero)
+    layer = layer_bytes(sizes, method, rank, quantised, zero, padded)
     gradients = 2 * 2 * sizes.intermediate  # of gate and up, alive at the same time
     if checkpointing:  # each layer's input, and one layer in full
         return tokens * (2 * sizes.hidden * sizes.layers + layer + gradients)

@@ -146,8 +146,9 @@ class Run:
         rank, quantised = self.adapter.lora_r, self.quantised_bits is not None
         zero = self.strategy.zero
         layers = activation_bytes(
-            sizes, tokens, checkpointing=checkpointing, method=method, rank=rank, quantised=quantised, zero=zero
-        )
+            sizes, tokens, checkpointing=checkpointing, method=method, rank=rank, quantised=quantised, zero=zero,
+            padded=True,
+        )  # fmt: skip
         scored = head_bytes(sizes, batch * completion, trained=full)
         train = {**held, "activations": float(layers), "head": float(scored)}
         held.pop(BF16_COPIES, None)  # autocast frees them after a forward pass

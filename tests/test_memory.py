@@ -21,6 +21,7 @@ from fura_rl.memory import (
     full_parts,
     gathered_bytes,
     head_bytes,
+    layer_bytes,
     network_bytes,
     weight_passes,
 )
@@ -101,6 +102,46 @@ def measured(size, layers, method, *, tokens=16_384, checkpointing=False, bits=N
 )
 def test_peaks_are_within_ten_percent_of_the_measured_ones(size, layers, method, options, gib):
     assert measured(size, layers, method, **options) == pytest.approx(gib, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "gpus", "prompt", "gib"),
+    [("ddp", 1, 194, 14.01), ("ddp", 2, 173, 13.48), ("zero2", 2, 173, 14.84), ("fsdp2", 2, 173, 13.18)],
+)
+def test_peaks_of_a_grpo_step_are_within_five_percent(strategy, gpus, prompt, gib):
+    """Qwen2.5-Coder-0.5B, 32 rollouts of at most 256 tokens, without the engine (docs/scaling.md)."""
+    shape = [(896, 896), (128, 896), (128, 896), (896, 896), (4864, 896), (4864, 896), (896, 4864)]
+    sizes = ModelSizes(
+        494_032_768, 13_246_464, 13_246_464, 24, 896, 4864, 896, 128, 151_936, False, tuple(shape * 24), gated=True
+    )  # fmt: skip
+    strategy = STRATEGIES[strategy]
+    weights = base_bytes(sizes, 2) / (gpus if strategy.splits_weights else 1)
+    parts = [weights, *adapter_parts(sizes, "fura", strategy, gpus).values(), bucket_bytes(strategy)]
+    parts += [gathered_bytes(sizes, base_bytes(sizes, 2), strategy), head_bytes(sizes, 32 * 256)]
+    parts += [activation_bytes(sizes, 32 * (prompt + 256), checkpointing=False, padded=True)]
+    assert sum(parts) / GIB == pytest.approx(gib, rel=0.05)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_what_a_frozen_layer_saves_is_counted(padded):
+    config = AutoConfig.for_model(
+        "qwen2", vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=8,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    model = model.model.requires_grad_(False)
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[0, :3] = 0 if padded else 1
+    inputs = torch.randn(2, 40, 64, dtype=torch.bfloat16, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        model(inputs_embeds=inputs, attention_mask=mask)
+    # one row for each token, not the weights, nor what a row has but one number of, nor the norm after the last layer
+    numbers = {t.untyped_storage().data_ptr(): t for t in saved if t.shape[0] == 2 and t.numel() > 2 * 40 * 8}
+    sizes = layers_of(1, 64, 128, 64, 16, head_norms=False)
+    assert sum(t.nbytes for t in numbers.values() if t.shape != (2, 1, 40, 40)) - 2 * 40 * 64 * 4 == 2 * 40 * (
+        layer_bytes(sizes, None, padded=padded)
+    )
 
 
 def adapted(tiny_model, method, dtype=torch.float32):
