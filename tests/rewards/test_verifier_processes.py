@@ -104,7 +104,7 @@ def test_a_large_parent_does_not_make_its_workers_look_large() -> None:
 
 @pytest.mark.parametrize("waits", ["a batch", "a start"])
 def test_a_worker_that_nothing_has_waited_for_is_not_late(waits: str) -> None:
-    """A batch that one worker finishes alone, or a start without waiting, leaves a greeting unread, for however long."""
+    """A batch that one worker finishes alone, or a start without waiting, leaves a greeting unread."""
     with MathVerifier(workers=2) as verifier:
         verifier.start(wait=False)
         begun = verifier.worker_pids
