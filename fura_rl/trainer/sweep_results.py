@@ -3,6 +3,8 @@
 The best of several settings is better on the seeds that it was chosen on than on others. So beside it stands the
 accuracy with the setting that was best on the *other* seeds, for each seed in turn, and methods are compared on that.
 Intervals are Student's over seeds; all seeds are scored on the same problems, so they say nothing about other problems.
+The comparison by problem is the other way round: a bootstrap over the problems that both methods' runs answered, which
+says nothing about other seeds.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
-from fura_rl.eval.statistics import exact, t_interval
-from fura_rl.trainer.report_page import read_run
+from fura_rl.eval.statistics import exact, paired_bootstrap, t_interval
+from fura_rl.trainer.report_page import read_lines, read_run
 
 if TYPE_CHECKING:
     from fura_rl.trainer.sweep import SweepRun
@@ -26,6 +28,7 @@ RATE = "learning_rate"
 COLUMNS = (
     "method", "trained", "best setting", "mean accuracy", "lowest .. highest seed", "chosen on other seeds",
     "median over settings", f"rates within {NEAR} of the best", "against the first",
+    "the same, by problem",
 )  # fmt: skip
 
 
@@ -37,7 +40,7 @@ def summarise(runs: Sequence[SweepRun]) -> list[dict[str, Any]]:
     the lowest and the highest of the learning rates around the best one that lose at most `NEAR`, and whether the last
     tried is among them; `spectra` means over layers and seeds of FuRA's diagnostics; and `against` compares `chosen`
     with that of the sweep's first method, or both at their best where one has a single seed, on seeds that both have:
-    mean difference, its interval, and how often it is positive.
+    mean difference, its interval, and how often it is positive. `by_problem` compares the runs at both methods' best.
     """
     final: dict[str, Scores] = defaultdict(lambda: defaultdict(dict))
     done = []
@@ -47,11 +50,12 @@ def summarise(runs: Sequence[SweepRun]) -> list[dict[str, Any]]:
             done.append(run)
     chosen = {method: chosen_on_others(settings) for method, settings in final.items()}
     reference = runs[0].method
+    best = {method: best_setting(settings) for method, settings in final.items()}
+    at_best = {method: [run for run in done if (run.method, run.setting) == (method, best[method])] for method in final}
     rows = []
     for method, settings in final.items():
         means = {setting: fmean(seeds.values()) for setting, seeds in settings.items()}
-        setting = best_setting(settings)
-        its_runs = [run for run in done if run.method == method and run.setting == setting]
+        setting, its_runs = best[method], at_best[method]
         seeds = dict(sorted(settings[setting].items()))
         row: dict[str, Any] = {
             "method": method,
@@ -72,8 +76,8 @@ def summarise(runs: Sequence[SweepRun]) -> list[dict[str, Any]]:
             if chosen[method] and chosen[reference]:
                 row["against"] = compare(chosen[method], chosen[reference], reference)
             else:
-                theirs = final[reference]
-                row["against"] = compare(seeds, theirs[best_setting(theirs)], reference)
+                row["against"] = compare(seeds, final[reference][best[reference]], reference)
+            row["by_problem"] = compare_by_problem(its_runs, at_best[reference])
         rows.append(row)
     return sorted(rows, key=lambda row: -row["accuracy"])
 
@@ -117,6 +121,31 @@ def compare(ours: dict[int, float], theirs: dict[int, float], reference: str) ->
         "interval": _interval(differences),
         "wins": [wins, len(differences), *exact(wins, len(differences))],
     }
+
+
+def compare_by_problem(ours: Sequence[SweepRun], theirs: Sequence[SweepRun]) -> dict[str, Any] | None:
+    """Accuracy of a problem in our runs minus that in theirs, over seeds that both have: mean over problems, and its
+    interval; None where their last evaluations have no problem in common."""
+    our_shares: dict[tuple[str, str], list[float]] = defaultdict(list)  # one number for each seed
+    their_shares: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for run, other in ((run, other) for run in ours for other in theirs if run.seed == other.seed):
+        mine, its = last_answers(run.folder), last_answers(other.folder)
+        for problem in sorted(mine.keys() & its.keys()):
+            our_shares[problem].append(fmean(mine[problem]))
+            their_shares[problem].append(fmean(its[problem]))
+    if not our_shares:
+        return None
+    a, b = ([fmean(values) for values in shares.values()] for shares in (our_shares, their_shares))
+    return {"difference": fmean(a) - fmean(b), "interval": list(paired_bootstrap(b, a)), "problems": len(a)}
+
+
+def last_answers(folder: Path) -> dict[tuple[str, str], list[bool]]:
+    """(benchmark, problem) -> whether each sample of a run's last evaluation was correct."""
+    answers: dict[tuple[str, str], list[bool]] = defaultdict(list)
+    for path in sorted((folder / "evaluations").glob("step_*.jsonl"))[-1:]:
+        for row in read_lines(path):
+            answers[row["benchmark"], row["id"]].append(row["correct"] is True)
+    return answers
 
 
 def good_rates(runs: Sequence[SweepRun], means: dict[str, float]) -> dict[str, Any] | None:
@@ -165,11 +194,15 @@ def sweep_table(rows: Sequence[dict[str, Any]]) -> str:
             f"{row['median_over_settings']:.3f}",
             "-" if rates is None else f"{rates['low']:g} .. {rates['high']:g}{' (edge)' * rates['to_the_edge']}",
             "-",
+            "-",
         ]
         if against:
             wins, of, low, high = against["wins"]
             difference = _with_interval(against["difference"], against["interval"], sign="+")
-            cells[-1] = f"{difference}, better on {wins} of {of} [{low:.2f}, {high:.2f}]"
+            cells[-2] = f"{difference}, better on {wins} of {of} [{low:.2f}, {high:.2f}]"
+        if by_problem := row.get("by_problem"):
+            difference = _with_interval(by_problem["difference"], by_problem["interval"], sign="+")
+            cells[-1] = f"{difference}, {by_problem['problems']:,} problems"
         lines.append(_line(cells))
     with_spectra = [row for row in rows if row["spectra"]]
     if with_spectra:

@@ -103,7 +103,11 @@ def test_missing_runs_are_made_and_finished_ones_are_not(sweep, tmp_path, tiny_m
     printed = capsys.readouterr().out
     assert "3 runs, 1 done before" in printed and "| lora | - | - | 0.250 |" in printed
     out = tmp_path / "out"
-    assert {row["method"] for row in json.loads((out / "sweep.json").read_text())} == {"fura", "lora", "control"}
+    rows = {row["method"]: row for row in json.loads((out / "sweep.json").read_text())}
+    assert set(rows) == {"fura", "lora", "control"}
+    assert rows["control"]["by_problem"]["problems"] == len((tiny_problems / "test.jsonl").read_text().splitlines())
+    assert rows["control"]["by_problem"]["difference"] == pytest.approx(rows["control"]["against"]["difference"])
+    assert rows["lora"]["by_problem"] is None  # finished by hand, without answers
     assert json.loads((out / "control-seed=1" / "adapter_config.json").read_text())["basis"] == "identity"
     assert (out / "sweep.png").stat().st_size > 0
     assert (out / "fura-seed=1" / "adapter_model.safetensors").exists()

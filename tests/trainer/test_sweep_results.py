@@ -79,6 +79,34 @@ def test_methods_are_compared_seed_by_seed_on_what_others_chose(sweep):
     assert "+0.133 [-0.010, +0.277], better on 3 of 3" in sweep_table(list(rows.values()))
 
 
+def test_methods_are_compared_problem_by_problem(sweep):
+    """Two seeds, three problems of two samples; `lora` solves b always, and c where `fura` does not."""
+    runs = sweep({"fura": {1e-3: [0.5, 0.5]}, "lora": {1e-3: [0.5, 0.5]}, "full": {1e-3: [0.5, None]}})
+    right = {
+        ("fura", 1): {"a": (1, 1), "b": (0, 1), "c": (0, 0)}, ("fura", 2): {"a": (1, 1), "b": (0, 0), "c": (0, 1)},
+        ("lora", 1): {"a": (1, 1), "b": (1, 1), "c": (0, 1)}, ("lora", 2): {"a": (1, 1), "b": (1, 1), "d": (1, 1)},
+    }  # fmt: skip
+    for run in runs:
+        folder = run.folder / "evaluations"
+        for step in (0, 2):
+            rows = [
+                {"benchmark": "x", "id": problem, "sample": i, "correct": bool(sample) if step else None}
+                for problem, samples in right.get((run.method, run.seed), {}).items()
+                for i, sample in enumerate(samples)
+            ]
+            if rows:
+                folder.mkdir(exist_ok=True)
+                (folder / f"step_{step:06d}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = by_method(summarise(runs))
+    found = rows["lora"]["by_problem"]
+    # a: 0; b: 1 - 1/4 over both seeds; c: 1/2 of seed 1, the only one in which both answered it; d: only one did
+    assert found["problems"] == 3 and found["difference"] == pytest.approx((0 + 0.75 + 0.5) / 3)
+    # 27 draws of three problems, and one of them alone is more than 2.5%: from "a" three times to "b" three times
+    assert found["interval"] == [0.0, 0.75]
+    assert "by_problem" not in rows["fura"] and rows["full"]["by_problem"] is None
+    assert "| +0.417 [+0.000, +0.750], 3 problems |" in sweep_table(list(rows.values()))
+
+
 def test_an_unfinished_method_is_compared_like_with_like(sweep):
     """LoRA has one seed, so no setting that other seeds chose: both are taken at their best."""
     runs = sweep({"fura": {1e-3: [0.7, 0.5], 2e-3: [0.6, 0.65]}, "lora": {1e-3: [0.65, None], 2e-3: [0.6, None]}})
