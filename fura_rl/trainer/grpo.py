@@ -164,7 +164,7 @@ class FuraGRPOTrainer(ResumableGRPOTrainer):
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         self.sync_engine()
         if self._grades:
-            self.verifier.start(wait=False)  # ready when the rollouts are: on a GPU's host a start took 3 s
+            self.verifier.start(wait=False)  # ready when the rollouts are; otherwise the first answer for algebra waits
         with self.clock.phase("generate"):
             completion_ids, logprobs = super()._generate_single_turn(*args, **kwargs)
         self.generated_tokens += sum(len(ids) for ids in completion_ids)
