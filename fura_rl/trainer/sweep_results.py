@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fura_rl.trainer.sweep import SweepRun
 
 Scores = dict[str, dict[int, float]]  # setting -> seed -> final accuracy
+Answers = dict[tuple[str, str], list[bool]]  # (benchmark, problem) -> whether each sample was correct
 NEAR = 0.02  # of accuracy: learning rates that lose no more than this count as good
 RATE = "learning_rate"
 COLUMNS = (
@@ -52,6 +53,7 @@ def summarise(runs: Sequence[SweepRun]) -> list[dict[str, Any]]:
     reference = runs[0].method
     best = {method: best_setting(settings) for method, settings in final.items()}
     at_best = {method: [run for run in done if (run.method, run.setting) == (method, best[method])] for method in final}
+    answers = {method: {run.seed: last_answers(run.folder) for run in its_runs} for method, its_runs in at_best.items()}
     rows = []
     for method, settings in final.items():
         means = {setting: fmean(seeds.values()) for setting, seeds in settings.items()}
@@ -77,7 +79,7 @@ def summarise(runs: Sequence[SweepRun]) -> list[dict[str, Any]]:
                 row["against"] = compare(chosen[method], chosen[reference], reference)
             else:
                 row["against"] = compare(seeds, final[reference][best[reference]], reference)
-            row["by_problem"] = compare_by_problem(its_runs, at_best[reference])
+            row["by_problem"] = compare_by_problem(answers[method], answers[reference])
         rows.append(row)
     return sorted(rows, key=lambda row: -row["accuracy"])
 
@@ -123,13 +125,13 @@ def compare(ours: dict[int, float], theirs: dict[int, float], reference: str) ->
     }
 
 
-def compare_by_problem(ours: Sequence[SweepRun], theirs: Sequence[SweepRun]) -> dict[str, Any] | None:
+def compare_by_problem(ours: dict[int, Answers], theirs: dict[int, Answers]) -> dict[str, Any] | None:
     """Accuracy of a problem in our runs minus that in theirs, over seeds that both have: mean over problems, and its
-    interval; None where their last evaluations have no problem in common."""
+    interval; None where no seed's last evaluations have a problem in common."""
     our_shares: dict[tuple[str, str], list[float]] = defaultdict(list)  # one number for each seed
     their_shares: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for run, other in ((run, other) for run in ours for other in theirs if run.seed == other.seed):
-        mine, its = last_answers(run.folder), last_answers(other.folder)
+    for seed in sorted(ours.keys() & theirs.keys()):
+        mine, its = ours[seed], theirs[seed]
         for problem in sorted(mine.keys() & its.keys()):
             our_shares[problem].append(fmean(mine[problem]))
             their_shares[problem].append(fmean(its[problem]))
@@ -139,9 +141,9 @@ def compare_by_problem(ours: Sequence[SweepRun], theirs: Sequence[SweepRun]) -> 
     return {"difference": fmean(a) - fmean(b), "interval": list(paired_bootstrap(b, a)), "problems": len(a)}
 
 
-def last_answers(folder: Path) -> dict[tuple[str, str], list[bool]]:
-    """(benchmark, problem) -> whether each sample of a run's last evaluation was correct."""
-    answers: dict[tuple[str, str], list[bool]] = defaultdict(list)
+def last_answers(folder: Path) -> Answers:
+    """Of a run's last evaluation."""
+    answers: Answers = defaultdict(list)
     for path in sorted((folder / "evaluations").glob("step_*.jsonl"))[-1:]:
         for row in read_lines(path):
             answers[row["benchmark"], row["id"]].append(row["correct"] is True)
