@@ -17,7 +17,12 @@ METHODS = {
     "qlora_r32": peft.LoraConfig(r=32, lora_alpha=64),
     "qlora_r64": peft.LoraConfig(r=64, lora_alpha=128),
     "qdora_r32": peft.LoraConfig(r=32, lora_alpha=64, use_dora=True),
+    # Other numbers of trained parameters: on Qwen2.5-0.5B 0.9 and 1.8 of QLoRA r=32's, and 1.0 of QFuRA's.
+    "qfura_b64": FuraConfig(block_size=64),
+    "qfura_b128": FuraConfig(block_size=128),
+    "qlora_r24": peft.LoraConfig(r=24, lora_alpha=48),
 }
+TIMED = ["qfura", "qfura_aligned", "qlora_r32", "qlora_r64", "qdora_r32"]  # unless rows are asked for
 REFERENCE = "qlora_r32"
 
 

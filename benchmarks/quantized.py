@@ -29,7 +29,7 @@ from pathlib import Path
 import step_methods
 import torch
 import train_step
-from nf4 import METHODS, REFERENCE, device_name, nf4_error, quantise
+from nf4 import METHODS, REFERENCE, TIMED, device_name, nf4_error, quantise
 from quantized_loss import loss_mode
 from rich.console import Console
 from rich.table import Table
@@ -124,7 +124,7 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.mode == "step":
         args.steps, args.sequence = args.steps or 8, args.sequence or 2048
-        args.rows = args.rows or ["floor", *METHODS]
+        args.rows = args.rows or ["floor", *TIMED]
     else:
         args.steps, args.sequence = args.steps or 200, args.sequence or 512
         args.rows = args.rows or ["qfura", REFERENCE]
