@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from .delta_kernels import block_multiply, run_delta_gradient
+from .delta_kernels import run_delta_gradient
+from .delta_operator import multiplied
 from .gradient_kernels import run_gated_gradient_shares
 
 
@@ -25,7 +26,7 @@ class GatedMultiply(torch.autograd.Function):
             gate, up: as `x`, with theirs.
             merged: the core carries the singular values.
         """
-        y, delta = block_multiply(x, basis, sigma, core, scale, merged, False)
+        y, delta = multiplied(x, basis, sigma, core, scale, merged, False)
         ctx.merged = merged
         ctx.save_for_backward(gate, up, delta, basis, sigma, core, scale)
         return y

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from . import transform
 from .errors import AdapterError
+from .multipliers import kept
 from .product_input import gate_and_up, product_factors
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def multiply_weights(bases: Sequence[Any], x: torch.Tensor, all_blocks: Sequence
     """What each of one to three layers, for which `multiplies_weights`, returns for `x`."""
     merged, flat = transform.flattened(all_blocks)
     with torch.no_grad():
-        delta_cnbb = run_deltas(adapters_of(flat), merged, False, x.dtype)
+        delta_cnbb = kept(run_deltas, adapters_of(flat), merged, False, x.dtype)
     gate = up = None
     saved: tuple[torch.Tensor | None, ...] = x, None
     if len(bases) == 1:

@@ -14,6 +14,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .delta_kernels import Tensors, run_delta_gradients, run_deltas
+from .multipliers import kept
 from .shared_kernels import run_shared_gradient_shares, run_shared_transform
 
 
@@ -28,7 +29,7 @@ class SharedMultiply(torch.autograd.Function):
             merged: the cores carry the singular values.
             flat: basis, sigma, core and scale of each adapter, one adapter after the other.
         """
-        delta_cnbb = run_deltas(adapters_of(flat), merged, False, x.dtype)
+        delta_cnbb = kept(run_deltas, adapters_of(flat), merged, False, x.dtype)
         ctx.merged = merged
         ctx.save_for_backward(x, delta_cnbb, *flat)
         return tuple(run_shared_transform(x, delta_cnbb))

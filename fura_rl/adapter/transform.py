@@ -27,7 +27,7 @@ if kernel_choice not in CHOICES:
 # Importing Triton takes a second, so only where it can be of use. "triton" on a CPU is for Triton's interpreter.
 HAVE_KERNELS = find_spec("triton") is not None and (torch.version.cuda is not None or kernel_choice == "triton")
 if HAVE_KERNELS:
-    from . import delta_kernels, gated_operator, launches, shared_kernels, shared_operator
+    from . import delta_operator, gated_operator, launches, shared_kernels, shared_operator
     from .block_operator import block_transform as transform_operator
 
 
@@ -123,7 +123,7 @@ def block_multiply(
     if not transposed and core_nbb.requires_grad and can_gate(core_nbb.shape[1]) and (pair := gate_and_up(x)):
         return gated_operator.GatedMultiply.apply(x.detach(), *pair, merged, *adapter)
     factors = product_factors(x)
-    return delta_kernels.BlockMultiply.apply(x, factors, basis_nbb, sigma_nb, core_nbb, scale_nb, merged, transposed)
+    return delta_operator.BlockMultiply.apply(x, factors, basis_nbb, sigma_nb, core_nbb, scale_nb, merged, transposed)
 
 
 def can_share(x: torch.Tensor, block_size: int) -> bool:

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from trl.trainer import grpo_trainer
 
 from fura_rl.adapter import FuraConfig
+from fura_rl.adapter.multipliers import Store, keep_multipliers
 from fura_rl.adapter.split_bases import split_bases
 from fura_rl.availability import vllm_problem
 from fura_rl.errors import FuraError
@@ -110,6 +111,7 @@ class FuraGRPOTrainer(ResumableGRPOTrainer):
         self.evaluations: list[dict[str, Any]] = []
         self.verifier = verifier or MathVerifier(workers=args.verifier_workers, timeout=args.verifier_timeout)
         self._grades = reward_funcs is None
+        self._multipliers: Store = {}  # since the last optimiser step
         if reward_funcs is None:
             reward_funcs = load_rewards(
                 args.rewards, verifier=self.verifier, max_completion_length=args.max_completion_length
@@ -196,7 +198,10 @@ class FuraGRPOTrainer(ResumableGRPOTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with self.clock.phase("train"):
-            loss = super().training_step(*args, **kwargs)
+            with keep_multipliers(self._multipliers):
+                loss = super().training_step(*args, **kwargs)
+            if self.accelerator.sync_gradients:  # the optimiser's step is next, or was
+                self._multipliers.clear()
             if loss.is_cuda and (self.accelerator.sync_gradients or self.args.logging_nan_inf_filter):
                 # What is still queued belongs to this phase. transformers waits for it next, to look at the loss or at
                 # the gradient's norm.

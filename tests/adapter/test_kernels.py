@@ -255,7 +255,7 @@ def test_delta_of_nothing_trained_is_exactly_zero(device):
 @kernels
 def test_operators_are_registered_as_pytorch_wants_them(device):
     from fura_rl.adapter.block_operator import block_transform, block_transform_backward
-    from fura_rl.adapter.delta_kernels import block_multiply, block_multiply_backward
+    from fura_rl.adapter.delta_operator import block_multiply, block_multiply_backward
 
     x, g, delta = inputs(device, torch.float32, 2, 16, rows=8)
     trained = delta.clone().requires_grad_()
