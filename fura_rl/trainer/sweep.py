@@ -21,8 +21,10 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,6 +175,15 @@ class Slot:
         return done
 
 
+def why_failed(log: Path) -> str:
+    """What a run's output ends with: its last line that begins with an error, if one does, and where to read on."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    errors = [line for line in lines if re.match(r"(\w+\.)*\w*([eE]rror|Exception|Interrupt)\b", line)]
+    if not errors:
+        return f"failed, see {log}"
+    return f"failed: {textwrap.shorten(errors[-1].removeprefix('error: '), 120, placeholder='...')} ({log})"
+
+
 def train_all(runs: list[SweepRun], gpus: int, jobs: int = 1, share_engine: bool = True) -> list[SweepRun]:
     """Make the runs that are missing, `jobs` at a time on each GPU, or on the CPU; returns those that failed."""
     places = [gpu for gpu in (range(gpus) if gpus else [None]) for _ in range(jobs)]
@@ -189,7 +200,7 @@ def train_all(runs: list[SweepRun], gpus: int, jobs: int = 1, share_engine: bool
         finally:
             free.put(slot)
         curve = run.curve()
-        outcome = f"accuracy {curve[0][1]:.3f} -> {curve[-1][1]:.3f}" if curve else f"failed, see {run.folder}/log.txt"
+        outcome = f"accuracy {curve[0][1]:.3f} -> {curve[-1][1]:.3f}" if curve else why_failed(run.folder / "log.txt")
         print(f"{run.folder.name}: {outcome}", flush=True)
         return done
 

@@ -1,6 +1,7 @@
 """Sweeps: which runs they are made of, what is made again, and the table."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 import yaml
 
 from fura_rl.errors import FuraError
-from fura_rl.trainer.sweep import RECIPE, plan_sweep, sweep_command
+from fura_rl.trainer.sweep import RECIPE, plan_sweep, sweep_command, why_failed
 
 
 @pytest.fixture
@@ -119,7 +120,20 @@ def test_a_failed_run_is_named(sweep, tmp_path, capsys):
     path = sweep(["fura"], recipe={"model_name_or_path": str(tmp_path / "no_model"), "dataset_name": "no.jsonl"})
     with pytest.raises(FuraError, match=r"1 of the sweep's runs failed \(fura-seed=1\)"):
         sweep_command(path)
-    assert "error:" in (tmp_path / "out" / "fura-seed=1" / "log.txt").read_text()
+    log = tmp_path / "out" / "fura-seed=1" / "log.txt"
+    assert "error: The dataset file no.jsonl does not exist." in log.read_text()
+    assert f"fura-seed=1: failed: The dataset file no.jsonl does not exist. ({log})" in capsys.readouterr().out
+
+
+def test_why_a_run_failed(tmp_path):
+    log = tmp_path / "log.txt"
+    assert why_failed(log) == f"failed, see {log}"
+    log.write_text(
+        "ValueError: first\n  torch.Error: inside of a trace\ntorch.OutOfMemoryError: CUDA out of memory. " + "x " * 99
+    )
+    log.write_text(log.read_text() + "\nGRPO: 0/40\nErrors may follow\n")
+    assert why_failed(log).startswith("failed: torch.OutOfMemoryError: CUDA out of memory. x x")
+    assert why_failed(log).endswith(f"x... ({log})") and len(why_failed(log)) < 135 + len(str(log))
 
 
 def test_runs_that_start_together_take_other_ports():
