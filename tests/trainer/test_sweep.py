@@ -1,7 +1,6 @@
 """Sweeps: which runs they are made of, what is made again, and the table."""
 
 import json
-import re
 import subprocess
 import sys
 
