@@ -12,7 +12,8 @@ A sweep is a YAML file:
 
 A list below a method makes one run for each of its values, in `output_dir/<name>`. Runs with a colocated vLLM engine
 share a process and that engine, one after the other; others have a process of their own. What is done is not made
-again, what was interrupted goes on from its last checkpoint, and what was begun with other options is refused.
+again, what was interrupted goes on from its last checkpoint, and what was begun with other options is refused. What
+ran out of memory beside other runs of a GPU (`--jobs`) is made again at the end, alone.
 `--only N` makes one run, for the arrays of a scheduler; the table reads whatever is there.
 """
 
@@ -220,6 +221,16 @@ def train_all(runs: list[SweepRun], gpus: int, jobs: int = 1, share_engine: bool
             slot.worker.close()
 
 
+def retry_alone(failed: list[SweepRun], gpus: int, share_engine: bool) -> list[SweepRun]:
+    """Make those runs again that ran out of memory beside others, one at a time on a GPU; returns what still failed."""
+    crowded = [run for run in failed if "out of memory" in why_failed(run.folder / "log.txt")]
+    if not crowded:
+        return failed
+    print(f"{len(crowded)} ran out of memory beside others: again, one at a time on each GPU", flush=True)
+    left = train_all(crowded, gpus, share_engine=share_engine)
+    return [run for run in failed if run not in crowded or run in left]
+
+
 def sweep_command(
     path: Annotated[Path, typer.Argument(metavar="SWEEP.yaml")],
     gpus: Annotated[
@@ -250,6 +261,8 @@ def sweep_command(
         failed = train_all([runs[only]], gpus=0, share_engine=False)
     else:
         failed = [] if table else train_all(runs, gpus, jobs, share_engine)
+        if jobs > 1:
+            failed = retry_alone(failed, gpus, share_engine)
         rows = summarise(runs)
         if rows:
             folder = runs[0].folder.parent

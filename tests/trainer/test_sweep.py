@@ -89,13 +89,18 @@ def test_a_sweep_without_evaluation_is_refused(sweep):
         plan_sweep(sweep(["fura"], recipe={"benchmarks": []}))
 
 
-@pytest.mark.slow
-def test_missing_runs_are_made_and_finished_ones_are_not(sweep, tmp_path, tiny_model, tiny_problems, capsys):
-    recipe = dict(
+@pytest.fixture
+def recipe(tiny_model, tiny_problems):
+    """One step without an engine, and evaluations."""
+    return dict(
         model_name_or_path=str(tiny_model), dataset_name=str(tiny_problems / "train.jsonl"), prompt="plain",
         max_steps=1, per_device_train_batch_size=8, num_generations=8, max_completion_length=16, use_vllm=False,
         benchmarks=[str(tiny_problems / "test.jsonl")], benchmark_max_tokens=16, save_strategy="no",
     )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_missing_runs_are_made_and_finished_ones_are_not(sweep, recipe, tmp_path, tiny_problems, capsys):
     control = {"method": "fura", "basis": "identity"}
     path = sweep({"fura": {}, "lora": {"lora_r": 4}, "control": control}, recipe=recipe)
     finish(plan_sweep(path)[1], 0.0, 0.25, steps=1)
@@ -122,6 +127,29 @@ def test_a_failed_run_is_named(sweep, tmp_path, capsys):
     log = tmp_path / "out" / "fura-seed=1" / "log.txt"
     assert "error: The dataset file no.jsonl does not exist." in log.read_text()
     assert f"fura-seed=1: failed: The dataset file no.jsonl does not exist. ({log})" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_run_without_memory_is_made_again_alone(sweep, recipe, tmp_path, monkeypatch, capsys):
+    (tmp_path / "crowded.py").write_text(
+        "import pathlib, torch\n"
+        "def reward(completions, **columns):\n"
+        "    mark = pathlib.Path(__file__).with_name('tried')\n"
+        "    if not mark.exists():\n"
+        "        mark.touch()\n"
+        "        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB.')\n"
+        "    return [float(len(text)) for text in completions]\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    path = sweep({"lora": {"lora_r": 4}}, recipe={**recipe, "rewards": ["crowded:reward"]})
+    with pytest.raises(FuraError, match=r"1 of the sweep's runs failed \(lora-seed=1\)"):
+        sweep_command(path)  # one at a time anyway: not tried again
+    assert "lora-seed=1: failed: torch.OutOfMemoryError: CUDA out of memory." in capsys.readouterr().out
+    (tmp_path / "tried").unlink()
+    sweep_command(path, jobs=2)
+    printed = capsys.readouterr().out
+    assert "1 ran out of memory beside others: again" in printed
+    assert printed.index("failed: torch.OutOfMemoryError") < printed.index("lora-seed=1: accuracy")
 
 
 def test_why_a_run_failed(tmp_path):
