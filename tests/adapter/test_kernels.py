@@ -379,6 +379,7 @@ def test_torch_serves_what_the_kernels_do_not(monkeypatch):
     assert not transform.use_kernels(half, 64)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="nothing in it needs a kernel")
 @pytest.mark.parametrize(
     ("name", "value", "known"),
     [("FURA_KERNELS", "cuda", "auto, triton, torch"), ("FURA_MULTIPLY", "x", "auto, inputs")],
