@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -35,6 +34,8 @@ import yaml
 from grpo_step import PHASES, ROOT, phases_of_steps, recipe, recipe_parser, report, summary
 from rich.table import Table
 
+from fura_rl.errors import last_error
+
 CONFIGURATIONS = {name: name for name in ("ddp", "zero2", "zero3", "fsdp2")} | {"tp2": "ddp"}
 SERVED = {"server": "adapter", "server_merged": "merged"}
 LAUNCHES = ("single", "server", "server_merged", "ddp", "zero3", "fsdp2", "zero2", "tp2")
@@ -47,7 +48,6 @@ ENGINES: dict[str, dict[str, Any]] = {
     },
     "eager": {"enforce_eager": True},
 }
-ERROR = re.compile(r"(\[rank\d+\]:\s*)?[\w.]*([Ee]rror|Exception): .")
 CONTEXT = "CUDA context (estimate)"
 ENGINE = "engine (its share of the GPU)"
 
@@ -152,9 +152,9 @@ class Launch:
         row = {"launch": self.name, "gpus": self.gpus, "seconds": time.monotonic() - began}
         if status != 0 or not self.facts.exists():
             words = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-            errors = [line for line in words if ERROR.match(line)]
             print("\n".join(words[-60:]), file=sys.stderr)
-            return {**row, "failed": f"status {status}: {(errors or words or ['nothing was printed'])[-1][:300]}"}
+            last = words[-1] if words else "nothing was printed"
+            return {**row, "failed": f"status {status}: {(last_error(words) or last)[:300]}"}
         measured = summary(self.name, phases_of_steps(self.run_folder / "metrics.jsonl"))
         facts = json.loads(self.facts.read_text())
         parts = {name: gib for name, gib in facts["plan"].items() if name not in (CONTEXT, ENGINE)}

@@ -22,7 +22,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import re
 import subprocess
 import sys
 import textwrap
@@ -36,7 +35,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from fura_rl.errors import FuraError
+from fura_rl.errors import FuraError, last_error
 from fura_rl.trainer.checkpoints import list_checkpoints
 from fura_rl.trainer.sweep_results import plot_sweep, summarise, sweep_table
 from fura_rl.trainer.sweep_worker import RunWorker, can_share
@@ -179,10 +178,10 @@ class Slot:
 def why_failed(log: Path) -> str:
     """What a run's output ends with: its last line that begins with an error, if one does, and where to read on."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
-    errors = [line for line in lines if re.match(r"(\w+\.)*\w*([eE]rror|Exception|Interrupt)\b", line)]
-    if not errors:
+    error = last_error(lines)
+    if error is None:
         return f"failed, see {log}"
-    return f"failed: {textwrap.shorten(errors[-1].removeprefix('error: '), 120, placeholder='...')} ({log})"
+    return f"failed: {textwrap.shorten(error.removeprefix('error: '), 120, placeholder='...')} ({log})"
 
 
 def train_all(runs: list[SweepRun], gpus: int, jobs: int = 1, share_engine: bool = True) -> list[SweepRun]:

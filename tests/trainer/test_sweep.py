@@ -158,6 +158,8 @@ def test_why_a_run_failed(tmp_path):
     log.write_text(log.read_text() + "\nGRPO: 0/40\nErrors may follow\n")
     assert why_failed(log).startswith("failed: torch.OutOfMemoryError: CUDA out of memory. x x")
     assert why_failed(log).endswith(f"x... ({log})") and len(why_failed(log)) < 135 + len(str(log))
+    log.write_text("[rank1]: torch.OutOfMemoryError: CUDA out of memory.\n")  # as torchrun's processes say it
+    assert why_failed(log) == f"failed: [rank1]: torch.OutOfMemoryError: CUDA out of memory. ({log})"
 
 
 def test_runs_that_start_together_take_other_ports():
